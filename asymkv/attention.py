@@ -1,0 +1,205 @@
+"""The one patched attention forward: project, rotate, append, attend, observe, compact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from asymkv.cache import CompressedCache, Step
+from asymkv.layer import CompressedLayer
+from asymkv.models.adapter import FamilyAdapter
+from asymkv.ops import BACKENDS, ragged_attention, row_bias
+from asymkv.plan import rotary_positions
+from asymkv.rope import apply_rope
+from asymkv.view import RowView
+
+
+def attention_forward(
+    adapter: FamilyAdapter, module: nn.Module, hidden: Tensor, cache: CompressedCache
+) -> tuple[Tensor, None]:
+    """Stands in for a family's attention ``forward`` on a :class:`CompressedCache`.
+
+    Args:
+        hidden: ``[B, t, hidden_size]``.
+
+    Returns:
+        ``[B, t, hidden_size]`` and None (attention weights are never materialised).
+    """
+    if cache.step is None:
+        raise ValueError("a CompressedCache is driven by the causal LM's forward; call the LM, not its decoder alone")
+    q, k, v = adapter.project(module, hidden)
+    out = attend(cache, cache.layers[module.layer_idx], q, k, v, module.scaling)
+    return module.o_proj(out.transpose(1, 2).reshape(*hidden.shape[:-1], -1)), None
+
+
+def attend(cache: CompressedCache, layer: CompressedLayer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention of one chunk over everything its layer stores, the chunk included.
+
+    Args:
+        q: ``[B, H, t, D]`` before RoPE.
+        k: ``[B, H_kv, t, D]`` before RoPE.
+        v: ``[B, H_kv, t, D]``.
+
+    Returns:
+        ``[B, H, t, D]``.
+    """
+    step = cache.step
+    assert step is not None
+    rotary = _rotary_of_new(layer, step, k)
+    q, k = _rotate_new(cache, step, rotary, q, k)
+    if step.tape is not None:
+        return _taped(cache, layer, step, q, k, v, rotary, scale)
+    positions = step.on(q.device)[0]
+    layer.append_packed(k, v, positions, step.counts)
+    cache.measure(layer)
+    several = positions.shape[1] > 1
+    out, _ = ragged_attention(
+        q, layer, query_positions=positions if several else None, scale=scale, backend=cache.backend
+    )
+    observe(cache, layer, step, q, scale)
+    return out
+
+
+def observe(cache: CompressedCache, layer: CompressedLayer, step: Step, q: Tensor, scale: float) -> None:
+    """Collects what the method needs from the chunk's queries, and compacts the layer if that is due."""
+    needs = cache.config.options.needs
+    if not needs & {"queries", "attention"} and not layer.exceeds(step.budget):
+        return
+    present = torch.where(_present(step, q.device), step.on(q.device)[0], -1)
+    if step.prompt:
+        if "attention" in needs:
+            _flush(cache, layer, scale)
+            layer.accumulate_mass(_with_queries(layer.view(cache.rope, scale), q, present))
+        compact_due(cache, layer, step, q, present, scale)
+        return
+    if "attention" in needs or cache.config.decode_interval:
+        layer.remember(q, present)
+    due = layer.exceeds(step.budget)
+    if "attention" in needs and layer.ring is not None and (due or layer.ring.full):
+        _flush(cache, layer, scale)
+    if due:
+        queries = (layer.ring.queries, layer.ring.positions) if layer.ring is not None else (q, present)
+        compact_due(cache, layer, step, *queries, scale)
+
+
+def compact_due(
+    cache: CompressedCache, layer: CompressedLayer, step: Step, q: Tensor, positions: Tensor, scale: float
+) -> None:
+    """Compacts the layer for the rows of the batch that have a budget in this step, if a head exceeds it."""
+    if not layer.exceeds(step.budget):
+        return
+    view = _with_queries(layer.view(cache.rope, scale, prompt=step.prompt), q, positions)
+    layer.compact(cache.config.options, view, step.budget)
+    cache.measure(layer)
+    step.compacted = True
+
+
+@dataclass
+class TapeEntry:
+    """What one layer leaves behind for the backward pass.
+
+    Args:
+        past_keys: ``[B, H_kv, T, D]`` leaf, or None where nothing was stored.
+        new_keys: ``[B, H_kv, t, D]``, part of the graph.
+        past_length: rows per head before the chunk.
+        past_rotary: ``[B, H_kv, T]`` and ``new_rotary [B, H_kv, t]``: positions that the keys are rotated to.
+        view: past and chunk as rows (only for looking at), with the chunk's queries.
+    """
+
+    past_keys: Tensor | None
+    new_keys: Tensor
+    past_length: list[int]
+    past_rotary: Tensor | None
+    new_rotary: Tensor
+    view: RowView
+
+
+def _taped(
+    cache: CompressedCache, layer: CompressedLayer, step: Step, q: Tensor, k: Tensor, v: Tensor, rotary: Tensor,
+    scale: float,
+) -> Tensor:
+    """Differentiable attention over (past, chunk): past keys are leaves, the chunk's own keys part of the graph."""
+    assert step.tape is not None
+    if not k.requires_grad:
+        k.requires_grad_()
+    positions, present = step.on(q.device)[0], _present(step, q.device)
+    new = RowView(
+        keys=k, values=v, cardinality=torch.ones_like(rotary, dtype=torch.int32),
+        positions=positions[:, None].expand_as(rotary).int(), rotary_positions=rotary,
+        valid=present[:, None].expand_as(rotary), lengths=rotary[..., 0], budget=rotary[..., 0],
+        tokens=rotary[:, 0, 0], prompt=True, scale=scale, rope=cache.rope,
+    )  # fmt: skip
+    past_keys, past_rotary, past_length, rows = None, None, [], new
+    if layer.is_initialized and layer.storage.width:
+        past = layer.view(cache.rope, scale)
+        past_keys = past.keys = past.keys.detach().clone().requires_grad_()
+        past_rotary, past_length = past.rotary_positions, list(layer.storage.length)
+        rows = _concatenate(past, new)
+    bias = row_bias(rows.bias().flatten(0, 1), None, rows.positions, positions, k.shape[1])
+    out, _ = BACKENDS[cache.backend](q, rows.keys, rows.values, bias, scale)
+    rows.keys, rows.values = rows.keys.detach(), rows.values.detach()
+    rows = _with_queries(rows, q.detach(), torch.where(present, positions, -1))
+    step.tape[layer.index] = TapeEntry(past_keys, k, past_length, past_rotary, rotary, rows)
+    if step.store:
+        with torch.no_grad():
+            layer.append_packed(k.detach(), v.detach(), positions, step.counts)
+            cache.measure(layer)
+    return out
+
+
+def _concatenate(past: RowView, new: RowView) -> RowView:
+    """Rows of two views, one behind the other."""
+    names = ("keys", "values", "cardinality", "positions", "rotary_positions", "valid")
+    joined = {n: torch.cat([getattr(past, n), getattr(new, n)], dim=2) for n in names}
+    return RowView(
+        **joined, lengths=past.lengths, budget=past.budget, tokens=past.tokens, prompt=True, scale=past.scale,
+        rope=past.rope,
+    )  # fmt: skip
+
+
+def _with_queries(view: RowView, queries: Tensor, positions: Tensor) -> RowView:
+    view.queries, view.query_positions = queries, positions
+    return view
+
+
+def _present(step: Step, device: torch.device) -> Tensor:
+    """``[B, t]`` bool: which columns of the chunk are tokens."""
+    width = step.positions.shape[1]
+    return torch.arange(width, device=device) < torch.tensor(step.counts, device=device)[:, None]
+
+
+def _flush(cache: CompressedCache, layer: CompressedLayer, scale: float) -> None:
+    """Adds the attention mass of remembered decode queries, then forgets those queries."""
+    if layer.ring is None or not layer.ring.cursor:
+        return
+    layer.accumulate_mass(_with_queries(layer.view(cache.rope, scale), layer.ring.queries, layer.ring.positions))
+    layer.ring.clear()
+
+
+def _rotary_of_new(layer: CompressedLayer, step: Step, k: Tensor) -> Tensor:
+    """``[B, H_kv, t]``: positions that the chunk's keys are rotated to, under the layer's policy."""
+    positions = step.on(k.device)[0]
+    if layer.policy == "original" or not layer.is_initialized:
+        first = positions[:, :1] if layer.policy == "original" else torch.zeros_like(positions[:, :1])
+        first = first[:, None].expand(-1, k.shape[1], -1)
+    else:
+        first = layer.next_rotary()[..., None]
+    return first + torch.arange(positions.shape[1], device=k.device)
+
+
+def _rotate_new(cache: CompressedCache, step: Step, rotary: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates the chunk's queries and keys; a head's queries follow the positions of their KV head."""
+    if cache.config.positions == "original":
+        _, cos, sin = step.on(q.device)
+        cos, sin = cos[:, None].to(q.dtype), sin[:, None].to(q.dtype)
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    batch, kv_heads, new = rotary.shape
+    cos, sin = cache.rope.tables(rotary.reshape(-1, new), q.dtype, per_row=False)
+    cos, sin = (x.view(batch, kv_heads, 1, new, -1) for x in (cos, sin))
+    grouped = q.reshape(batch, kv_heads, -1, new, q.shape[-1])
+    return apply_rope(grouped, cos, sin).reshape(q.shape), apply_rope(k[:, :, None], cos, sin)[:, :, 0]
+
+
+__all__ = ["TapeEntry", "attend", "attention_forward", "compact_due", "observe", "rotary_positions"]

@@ -1,0 +1,110 @@
+"""How many rows a KV head may keep.
+
+A budget is given as rows per KV head, as a share of the prompt, or as bytes; splits over layers and heads sum to the
+total exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)\s*$", re.IGNORECASE)
+
+# Spare rows per head after a compaction: api contract, at most max(16 rows, 12.5 %).
+SLACK_ROWS = 16
+SLACK_SHARE = 8
+
+HEAD_SPLITS: dict[str, frozenset[str]] = {"uniform": frozenset()}
+LAYER_SPLITS: dict[str, frozenset[str]] = {"uniform": frozenset()}
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a byte budget needs to know of a model: layers, KV heads, and bytes per row with its metadata."""
+
+    layers: int
+    kv_heads: int
+    row_bytes: int
+
+
+def capacity_for(rows: int) -> int:
+    """Rows to allocate for a head that holds ``rows``."""
+    return rows + max(SLACK_ROWS, rows // SLACK_SHARE)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as ``"512MiB"``, ``"1.5 GB"``.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    match = _SIZE.match(text)
+    if match is None:
+        raise ValueError(f"not a size: {text!r}; allowed: a number and one of B, KB, MB, GB, KiB, MiB, GiB")
+    return int(Fraction(match.group(1)) * _UNITS[match.group(2).upper()])
+
+
+def validate_budget(budget: int | str | None, minimum_rows: int) -> None:
+    """Raises ValueError for a budget that is no number of rows or bytes, or is below ``minimum_rows``."""
+    if budget is None:
+        return
+    if isinstance(budget, str):
+        parse_bytes(budget)
+    elif not isinstance(budget, int) or isinstance(budget, bool):
+        raise ValueError(f"budget is rows per KV head (int) or bytes ('512MiB'); found {budget!r}")
+    elif budget < minimum_rows:
+        raise ValueError(f"budget={budget} is smaller than sink_size + window_size + 1 = {minimum_rows}")
+
+
+def validate_split(name: str, split: str | Mapping[str, Any], allowed: dict[str, frozenset[str]]) -> None:
+    """Raises ValueError for an unknown kind of split, or an unknown key of a known kind."""
+    mapping = {"kind": split} if isinstance(split, str) else dict(split)
+    kind = mapping.pop("kind", None)
+    if kind not in allowed:
+        raise ValueError(f"unknown {name} {kind!r}; allowed: {sorted(allowed)}")
+    unknown = sorted(set(mapping) - allowed[kind])
+    if unknown:
+        raise ValueError(f"unknown keys {unknown} of {name}={kind!r}; allowed: {sorted(allowed[kind])}")
+
+
+def rows_for_bytes(total: int, shape: CacheShape) -> int:
+    """Most rows per KV head such that one sequence's cache, spare rows included, fits into ``total`` bytes."""
+    per_head = total // (shape.layers * shape.kv_heads * shape.row_bytes)
+    rows = max(per_head - SLACK_ROWS, per_head * SLACK_SHARE // (SLACK_SHARE + 1) - 1, 0)
+    while capacity_for(rows) > per_head and rows > 0:
+        rows -= 1
+    return rows
+
+
+def resolve_rows(
+    budget: int | str | None, ratio: float | None, minimum_rows: int, prompt_tokens: list[int], shape: CacheShape
+) -> tuple[list[int], list[bool]]:
+    """Rows per KV head of each sequence of a batch.
+
+    Args:
+        prompt_tokens: own prompt tokens of each sequence.
+        shape: needed for byte budgets.
+
+    Returns:
+        The rows, and whether a ratio's share was raised to ``minimum_rows``.
+
+    Raises:
+        ValueError: if a byte budget holds fewer than ``minimum_rows``.
+    """
+    if ratio is not None:
+        exact = Fraction(str(ratio))
+        wanted = [math.floor(exact * n) for n in prompt_tokens]
+        return [max(w, minimum_rows) for w in wanted], [w < minimum_rows for w in wanted]
+    rows = budget if isinstance(budget, int) else rows_for_bytes(parse_bytes(str(budget)), shape)
+    if rows < minimum_rows:
+        raise ValueError(
+            f"budget={budget!r} is {rows} rows per KV head here ({shape.layers} layers x {shape.kv_heads} KV heads x "
+            f"{shape.row_bytes} bytes a row); needed: at least sink_size + window_size + 1 = {minimum_rows}"
+        )
+    return [rows] * len(prompt_tokens), [False] * len(prompt_tokens)

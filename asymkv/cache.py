@@ -1,0 +1,324 @@
+"""CompressedCache: the transformers cache that holds all state of a compressed generation."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asymkv.budgets import CacheShape, resolve_rows
+from asymkv.config import CompressionConfig
+from asymkv.layer import CompressedLayer
+from asymkv.models._compat import Cache
+from asymkv.ops import resolve_backend
+from asymkv.rope import Rope
+
+logger = logging.getLogger(__name__)
+
+# cardinality (int32), log n (fp32) and position (int32) of a row
+METADATA_BYTES = 12
+
+
+@dataclass
+class Step:
+    """One chunk of new tokens on its way through the layers; the first ``counts[b]`` columns of row b are tokens.
+
+    Args:
+        counts: tokens per row of the batch.
+        positions: ``[B, t]`` own-token positions (past the end: those that would follow).
+        tables: ``cos, sin``, ``[B, t, D]``.
+        budget: rows per head to compact to after this chunk, per row of the batch; None = no compaction.
+        prompt: whether this is a prefill chunk (else one decode token per row).
+        tape: collects what a backward pass needs; None = none will come.
+        store: whether the chunk's rows are appended (False: they are only looked at).
+        compacted: set when some layer was compacted.
+    """
+
+    counts: list[int]
+    positions: Tensor
+    tables: tuple[Tensor, Tensor]
+    budget: list[int | None]
+    prompt: bool
+    tape: dict[int, Any] | None = None
+    store: bool = True
+    compacted: bool = False
+    _copies: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """``positions, cos, sin`` on a layer's device."""
+        if device not in self._copies:
+            self._copies[device] = tuple(x.to(device) for x in (self.positions, *self.tables))
+        return self._copies[device]
+
+    @property
+    def full(self) -> bool:
+        """Whether every column of every row is a token."""
+        return min(self.counts) == self.positions.shape[1]
+
+
+class CompressedCache(Cache):
+    """A key/value cache that a method keeps within its budget.
+
+    Args:
+        config: the settings.
+        num_layers: layers of the model.
+        kv_heads: KV heads per layer.
+        head_dim: size of a key.
+        dtype: of keys and values (for byte budgets).
+        rope: the model's rotary embedding.
+    """
+
+    def __init__(
+        self,
+        config: CompressionConfig,
+        *,
+        num_layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        rope: Rope,
+    ) -> None:
+        policy = config.positions
+        super().__init__(layers=[CompressedLayer(i, policy) for i in range(num_layers)])
+        self.config = config
+        self.rope = rope
+        self.shape = CacheShape(
+            num_layers,
+            kv_heads,
+            2 * head_dim * dtype.itemsize + METADATA_BYTES + config.options.row_bytes(head_dim, dtype, config),
+        )
+        self.backend = resolve_backend(config.backend)
+        self.step: Step | None = None
+        self.prompt_tokens: list[int] = []  # own prompt tokens of all turns, per row
+        self.expected_prompt: list[int] = []  # the same once the announced prompt is in
+        self.prompt_until: list[int] = []  # tokens seen once the announced prompt is in
+        self.pending: list[int] = []
+        self.tail = torch.zeros(0, 0, dtype=torch.bool)  # columns since the last compaction: token or padding
+        self.compactions = 0
+        self.peak_rows = 0
+        self.peak_nbytes = 0
+        self._bytes: list[int] = [0] * num_layers
+        self._raised_reported = False
+
+    # -- introspection -------------------------------------------------------------------------------------------
+    @property
+    def tokens_seen(self) -> Tensor:
+        """``[B]`` int64: own tokens of each row, padding not counted."""
+        return torch.tensor(self.layers[0].tokens, dtype=torch.int64)
+
+    def num_rows(self, layer: int) -> Tensor:
+        """``[B, H_kv]`` int64: rows that a layer stores."""
+        found = self._layer(layer)
+        return torch.tensor(found.storage.length).view(found.batch, -1)
+
+    def keys(self, layer: int) -> list[list[Tensor]]:
+        """Per row of the batch, per KV head: keys after RoPE ``[n, D]``, rows by ascending position."""
+        return self._rows(layer, "keys")
+
+    def values(self, layer: int) -> list[list[Tensor]]:
+        """Per row, per KV head: values ``[n, D]``, means of the members of each row."""
+        return self._rows(layer, "values")
+
+    def cardinality(self, layer: int) -> list[list[Tensor]]:
+        """Per row, per KV head: tokens that each row stands for, ``[n]`` int64."""
+        return [[x.long() for x in row] for row in self._rows(layer, "cardinality")]
+
+    def positions(self, layer: int) -> list[list[Tensor]]:
+        """Per row, per KV head: position of each row's last member in the row's own tokens, ``[n]`` int64."""
+        return [[x.long() for x in row] for row in self._rows(layer, "position")]
+
+    def _layer(self, index: int) -> CompressedLayer:
+        layer = self.layers[index]
+        if not layer.is_initialized:
+            raise ValueError(f"layer {index} of this cache holds no rows yet")
+        return layer
+
+    def _rows(self, index: int, name: str) -> list[list[Tensor]]:
+        layer = self._layer(index)
+        heads = layer.kv_heads
+        return [[layer.storage.rows(name, b * heads + h).clone() for h in range(heads)] for b in range(layer.batch)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every buffer that this cache owns, spare rows and statistics included."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def max_rows(self) -> int:
+        """Rows of the longest head of any layer."""
+        return max((layer.storage.width for layer in self.layers if layer.is_initialized), default=0)
+
+    def stats(self) -> dict[str, Any]:
+        """What was seen, what is stored, and how it was done, measured from the buffers."""
+        ready = [layer for layer in self.layers if layer.is_initialized]
+        stored = sum(sum(layer.storage.length) for layer in ready)
+        seen = sum(sum(layer.tokens) * layer.kv_heads for layer in ready)
+        budget, raised = self.budget_rows() if self.prompt_tokens else ([], [])
+        return {
+            "method": self.config.method,
+            "tokens_seen": self.tokens_seen.tolist(),
+            "rows": stored,
+            "max_rows": self.max_rows(),
+            "nbytes": self.nbytes,
+            "kept_ratio": stored / seen if seen else 1.0,
+            "represented_tokens": sum(_total_cardinality(layer) for layer in ready),
+            "compactions": self.compactions,
+            "backend": self.backend,
+            "budget": budget,
+            "budget_raised": raised,
+            "peak_rows": self.peak_rows,
+            "peak_nbytes": self.peak_nbytes,
+        }
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether every past state can be restored: only if nothing was ever compacted away."""
+        return not self.config.options.compresses
+
+    def __repr__(self) -> str:
+        return f"CompressedCache({self.config.describe()}, tokens_seen={self.tokens_seen.tolist()}, rows<={self.max_rows()})"
+
+    # -- budgets -------------------------------------------------------------------------------------------------
+    def expect_prompt(self, new_tokens: list[int]) -> None:
+        """Announces the own prompt tokens that each row is about to get, in one forward or several."""
+        seen = self.layers[0].tokens or [0] * len(new_tokens)
+        before = self.prompt_tokens or [0] * len(new_tokens)
+        if len(seen) != len(new_tokens):
+            raise ValueError(f"the cache holds a batch of {len(seen)}; found one of {len(new_tokens)}")
+        self.expected_prompt = [n + b for n, b in zip(new_tokens, before, strict=True)]
+        self.prompt_until = [n + s for n, s in zip(new_tokens, seen, strict=True)]
+
+    def budget_rows(self) -> tuple[list[int], list[bool]]:
+        """Rows per head of each row of the batch, and whether a ratio's share was raised to the minimum."""
+        expected = self.expected_prompt or [0] * len(self.prompt_tokens)
+        tokens = [max(a, b) for a, b in zip(self.prompt_tokens, expected, strict=True)]
+        rows, raised = resolve_rows(
+            self.config.budget, self.config.ratio, self.config.minimum_rows, tokens, self.shape
+        )
+        if any(raised) and not self._raised_reported:
+            self._raised_reported = True
+            logger.warning(
+                "ratio=%s of %s prompt tokens is below sink_size + window_size + 1 = %d; budget raised to that",
+                self.config.ratio, tokens, self.config.minimum_rows,
+            )
+        return rows, raised
+
+    # -- one forward ---------------------------------------------------------------------------------------------
+    def start_call(self, counts: list[int]) -> list[bool]:
+        """Accounts for a forward of ``counts[b]`` new tokens per row, before its first chunk.
+
+        Returns:
+            Per row, whether these are prompt tokens (else one generated token): several at once, the first of a row,
+            or part of an announced prompt.
+        """
+        if not self.prompt_tokens:
+            self.prompt_tokens = [0] * len(counts)
+            self.pending = [0] * len(counts)
+            self.tail = torch.zeros(len(counts), 0, dtype=torch.bool)
+        if len(counts) != len(self.prompt_tokens):
+            raise ValueError(f"the cache holds a batch of {len(self.prompt_tokens)}; found one of {len(counts)}")
+        seen = self.layers[0].tokens or [0] * len(counts)
+        until = self.prompt_until or [0] * len(counts)
+        prompt = [c > 1 or s == 0 or s < u for c, s, u in zip(counts, seen, until, strict=True)]
+        for row, count in enumerate(counts):
+            if prompt[row]:
+                self.prompt_tokens[row] += count
+        return prompt
+
+    def end_call(self, valid: Tensor, compacted: bool) -> None:
+        """Counts the columns of a forward, ``valid [B, t]`` on the CPU, and remembers how far :meth:`crop` may go."""
+        for layer in self.layers:
+            layer.columns_seen += valid.shape[1]
+        self.step = None
+        self.tail = valid[:, :0] if compacted else torch.cat([self.tail, valid], dim=1)
+
+    def chunk_budget(self, counts: list[int], is_prompt: list[bool]) -> list[int | None]:
+        """Rows per head that each row of the batch is compacted to after this chunk; None: it is not."""
+        if not self.config.options.compresses:
+            return [None] * len(counts)
+        rows, _ = self.budget_rows()
+        out: list[int | None] = []
+        for row, count in enumerate(counts):
+            due = is_prompt[row]
+            if not due and count and self.config.decode_interval:
+                self.pending[row] += count
+                due = self.pending[row] >= self.config.decode_interval
+            if due and count:
+                self.pending[row] = 0
+            out.append(rows[row] if due and count else None)
+        return out
+
+    def measure(self, layer: CompressedLayer) -> None:
+        """Updates the peaks after an append to one layer."""
+        self._bytes[layer.index] = layer.nbytes
+        self.peak_nbytes = max(self.peak_nbytes, sum(self._bytes))
+        self.peak_rows = max(self.peak_rows, layer.storage.width)
+
+    # -- batch and history ---------------------------------------------------------------------------------------
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the newest columns off again: ``crop(-n)``, n at most the columns since the last compaction.
+
+        Attention mass that those tokens gave to other rows stays counted.
+
+        Raises:
+            ValueError: for a positive number, or if a compaction lies between.
+        """
+        count = -tokens_to_remove
+        if count < 0 or count > self.tail.shape[1]:
+            raise ValueError(
+                f"crop takes -n with n from 0 to the {self.tail.shape[1]} columns appended since the last compaction; "
+                f"found {tokens_to_remove}"
+            )
+        if count == 0:
+            return
+        removed = self.tail[:, -count:].sum(1).tolist()
+        for layer in self.layers:
+            layer.truncate(count, removed)
+            if layer.ring is not None:
+                layer.ring.clear()
+        self.pending = [max(p - r, 0) for p, r in zip(self.pending, removed, strict=True)]
+        self.tail = self.tail[:, :-count]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes row ``beam_idx[b]`` (beam search)."""
+        for layer in self.layers:
+            layer.reorder_cache(beam_idx)
+        self._select(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the given rows of the batch."""
+        index = torch.as_tensor(indices)
+        self.reorder_cache(index.nonzero().squeeze(-1) if index.dtype == torch.bool else index)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row of the batch."""
+        self.reorder_cache(torch.arange(len(self.prompt_tokens)).repeat_interleave(repeats))
+
+    def _select(self, rows: list[int]) -> None:
+        for name in ("prompt_tokens", "pending", "expected_prompt", "prompt_until"):
+            values = getattr(self, name)
+            setattr(self, name, [values[r] for r in rows] if values else [])
+        self.tail = self.tail[rows]
+
+    def reset(self) -> None:
+        """Forgets everything seen."""
+        super().reset()
+        self.prompt_tokens, self.expected_prompt, self.prompt_until, self.pending = [], [], [], []
+        self.tail = torch.zeros(0, 0, dtype=torch.bool)
+        self.compactions = self.peak_rows = self.peak_nbytes = 0
+        self._bytes = [0] * len(self.layers)
+
+    def fork(self) -> CompressedCache:
+        """An independent copy: ask many questions on one compressed context."""
+        out = copy.copy(self)
+        out.layers = [layer.fork() for layer in self.layers]
+        for name in ("prompt_tokens", "expected_prompt", "prompt_until", "pending", "_bytes"):
+            setattr(out, name, list(getattr(self, name)))
+        return out
+
+
+def _total_cardinality(layer: CompressedLayer) -> int:
+    return sum(int(layer.storage.rows("cardinality", h).sum()) for h in range(layer.storage.heads))

@@ -1,0 +1,189 @@
+"""Settings of a compressed cache: one frozen, validated object."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from asymkv import budgets
+from asymkv.paths import config_path, config_root
+
+if TYPE_CHECKING:
+    from asymkv.methods.base import Method
+
+POSITION_POLICIES = ("original", "compact", "cardinality")
+DEFAULT_BUDGET = 2048
+
+
+class _Default(int):
+    """An integer default that a method may replace by its own; an explicit equal value is not one."""
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class CompressionConfig:
+    """What to compress, how, and to how much.
+
+    Args:
+        method: a name in ``asymkv.methods.METHODS``.
+        budget: rows per KV head (int), or the bytes of the whole cache of one sequence as a string (``"512MiB"``).
+        ratio: share of rows **kept**, in (0, 1]: ``floor(ratio * prompt tokens)`` of each row of the batch, raised to
+            ``sink_size + window_size + 1`` where smaller. Without budget and ratio: budget 2048.
+        sink_size: first tokens of a row, kept exact.
+        window_size: last tokens of a row, kept exact at a compaction.
+        chunk_size: own tokens per prefill chunk; None = the method's own.
+        decode_interval: compact every so many own generated tokens; 0 = never in decode.
+        head_budgets: how a layer's budget is split over its KV heads (name or mapping with ``kind``).
+        layer_budgets: how the budget is split over layers (name or mapping with ``kind``).
+        position_policy: rotary positions after a compaction: "original" (unchanged), "compact" (rank of the row in
+            its head) or "cardinality" (running sum of cardinalities); None = the method's own.
+        backend: attention backend, or "auto".
+        method_options: parameters of the method; an unknown key raises.
+
+    Raises:
+        ValueError: for a bad value or an unknown key; names the value found and those allowed.
+    """
+
+    method: str
+    budget: int | str | None
+    ratio: float | None
+    sink_size: int
+    window_size: int
+    chunk_size: int | None
+    decode_interval: int
+    head_budgets: str | Mapping[str, Any]
+    layer_budgets: str | Mapping[str, Any]
+    position_policy: str | None
+    backend: str
+    options: Method
+
+    def __init__(
+        self,
+        method: str = "asymkv",
+        *,
+        budget: int | str | None = None,
+        ratio: float | None = None,
+        sink_size: int = _Default(4),
+        window_size: int = _Default(32),
+        chunk_size: int | None = None,
+        decode_interval: int = _Default(128),
+        head_budgets: str | Mapping[str, Any] = "uniform",
+        layer_budgets: str | Mapping[str, Any] = "uniform",
+        position_policy: str | None = None,
+        backend: str = "auto",
+        **method_options: Any,
+    ) -> None:
+        values = {k: v for k, v in locals().items() if k in _FIELDS}
+        values["options"] = _make_method(method, method_options)
+        for name, default in values["options"].defaults().items():
+            if values[name] is None or isinstance(values[name], _Default):
+                values[name] = default
+        if budget is None and ratio is None and values["budget"] is None:
+            values["budget"] = DEFAULT_BUDGET
+        if ratio is not None and budget is None:
+            values["budget"] = None
+        for name, value in values.items():
+            object.__setattr__(self, name, int(value) if isinstance(value, _Default) else value)
+        self._validate()
+
+    def _validate(self) -> None:
+        from asymkv.ops import BACKENDS
+
+        if self.budget is not None and self.ratio is not None:
+            raise ValueError(f"give budget or ratio, not both; found budget={self.budget!r}, ratio={self.ratio!r}")
+        for name in ("sink_size", "window_size", "decode_interval"):
+            _check_count(name, getattr(self, name), minimum=0)
+        if self.chunk_size is not None:
+            _check_count("chunk_size", self.chunk_size, minimum=1)
+        if self.ratio is not None and not (isinstance(self.ratio, (int, float)) and 0 < self.ratio <= 1):
+            raise ValueError(f"ratio is the share of rows kept, in (0, 1]; found {self.ratio!r}")
+        if self.position_policy not in (None, *POSITION_POLICIES):
+            raise ValueError(f"position_policy {self.position_policy!r}; allowed: {[None, *POSITION_POLICIES]}")
+        if self.backend not in ("auto", *BACKENDS):
+            raise ValueError(f"unknown backend {self.backend!r}; allowed: {['auto', *BACKENDS]}")
+        budgets.validate_split("head_budgets", self.head_budgets, budgets.HEAD_SPLITS)
+        budgets.validate_split("layer_budgets", self.layer_budgets, budgets.LAYER_SPLITS)
+        budgets.validate_budget(self.budget, self.minimum_rows)
+        self.options.validate(self)
+
+    @property
+    def minimum_rows(self) -> int:
+        """Rows that a head must hold: sinks, window and one row for all the rest."""
+        return self.sink_size + self.window_size + 1
+
+    @property
+    def chunk(self) -> int | None:
+        """Own tokens per prefill chunk; None = the whole prompt at once."""
+        return self.chunk_size if self.chunk_size is not None else self.options.chunk_size
+
+    @property
+    def positions(self) -> str:
+        """The position policy in force."""
+        return self.position_policy or self.options.position_policy
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, method options included, such that ``CompressionConfig(**d)`` equals this."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "options"}
+        return {**fields, **self.options.to_dict()}
+
+    def describe(self) -> str:
+        """One line for ``print(model)``."""
+        size = f"ratio={self.ratio}" if self.ratio is not None else f"budget={self.budget}"
+        return f"method={self.method}, {size}, backend={self.backend}"
+
+    def replace(self, **overrides: Any) -> CompressionConfig:
+        """A copy with some settings changed; giving a budget drops the ratio, and the other way round."""
+        base = self.to_dict()
+        if "method" in overrides and overrides["method"] != self.method:
+            base = {k: v for k, v in base.items() if k in _FIELDS}
+        for name, other in (("budget", "ratio"), ("ratio", "budget")):
+            if overrides.get(name) is not None:
+                base[other] = None
+        return CompressionConfig(**{**base, **overrides})
+
+    @classmethod
+    def load(cls, name_or_path: str | Path, **overrides: Any) -> CompressionConfig:
+        """Settings from a yaml file, or from a shipped one by its name (``"asymkv"``).
+
+        Raises:
+            ValueError: for an unknown name (lists the shipped ones), a file that is no mapping, or an unknown key.
+        """
+        path = Path(name_or_path)
+        if not path.is_file():
+            try:
+                path = config_path(f"methods/{name_or_path}.yaml")
+            except FileNotFoundError:
+                shipped = sorted(p.stem for p in (config_root() / "methods").glob("*.yaml"))
+                raise ValueError(f"no settings file {str(name_or_path)!r}; shipped names: {shipped}") from None
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError(f"{path.name} must hold a mapping of settings; found {type(data).__name__}")
+        for name, other in (("budget", "ratio"), ("ratio", "budget")):
+            if overrides.get(name) is not None:
+                data.pop(other, None)
+        return cls(**{**data, **overrides})
+
+
+_FIELDS = frozenset(f.name for f in dataclasses.fields(CompressionConfig)) - {"options"}
+
+
+def _check_count(name: str, value: Any, *, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}; found {value!r}")
+
+
+def _make_method(name: str, options: dict[str, Any]) -> Method:
+    from asymkv.methods import get_method
+
+    cls = get_method(name)
+    known = [p for p in inspect.signature(cls).parameters]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(
+            f"unknown settings {unknown}; allowed: {sorted(_FIELDS)}, and for method {name!r}: {sorted(known)}"
+        )
+    return cls(**options)

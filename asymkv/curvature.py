@@ -1,0 +1,156 @@
+"""Curvature of the language-model loss with respect to cached keys: one activation backward per chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from asymkv.attention import TapeEntry, compact_due
+from asymkv.cache import CompressedCache, Step
+from asymkv.layer import CompressedLayer
+from asymkv.models.adapter import FamilyAdapter
+from asymkv.observations import attention_mass
+
+FISHER = "fisher"
+
+
+def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of a stored Fisher diagonal: squares need the range of fp32, not its digits."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.bfloat16
+
+
+def loss_chunk(
+    adapter: FamilyAdapter,
+    lm: nn.Module,
+    cache: CompressedCache,
+    step: Step,
+    forward: Callable[[Step], Any],
+    ids: Tensor,
+    following: list[int],
+) -> Any:
+    """One forward with keys as leaves, one backward; then every layer that exceeds its budget is compacted.
+
+    Args:
+        ids: ``[B, t or t + 1]`` the chunk's tokens and, where there is one, the token after it.
+        following: tokens of each row from the chunk's first on.
+    """
+    if not any(layer.exceeds(step.budget, step.counts) for layer in cache.layers):
+        return forward(step)
+    step.tape = {}
+    with torch.enable_grad():
+        out = forward(step)
+        loss = _token_losses(adapter, lm, out.last_hidden_state, ids, following).sum()
+    gradients = _key_gradients(loss, step.tape)
+    for layer in cache.layers:
+        entry = step.tape.pop(layer.index)
+        _store_fisher(cache, layer, entry, gradients[layer.index], step)
+        queries = (entry.view.queries, entry.view.query_positions)
+        compact_due(cache, layer, step, *queries, entry.view.scale)
+        if not cache.config.decode_interval:
+            layer.storage.drop_column(FISHER)
+            cache.measure(layer)
+    step.tape = None
+    return _detached(out)
+
+
+def replay_chunk(
+    adapter: FamilyAdapter, lm: nn.Module, cache: CompressedCache, step: Step, forward: Callable[[Step], Any], ids: Tensor
+) -> Any:
+    """The released AsymKV code's order: the past is judged by the chunk and compacted, then the chunk runs on it.
+
+    Two forwards and one backward; the loss is the mean inside the chunk, its first token not predicted.
+    """
+    budget, step.budget = step.budget, [None] * len(step.budget)
+    compacted = False
+    if any(layer.exceeds(budget) for layer in cache.layers):
+        look = Step(step.counts, step.positions, step.tables, budget, prompt=True, tape={}, store=False)
+        with torch.enable_grad():
+            hidden = forward(look).last_hidden_state
+            inside = ids[:, : step.positions.shape[1]]
+            tokens = torch.tensor([max(c - 1, 1) for c in step.counts], device=hidden.device)
+            loss = (_token_losses(adapter, lm, hidden, inside, step.counts) / tokens).sum()
+        assert look.tape is not None
+        gradients = _key_gradients(loss, look.tape)
+        for layer in cache.layers:
+            _compact_judged(cache, layer, look.tape.pop(layer.index), gradients[layer.index][0], budget)
+        compacted = True
+    out = forward(step)
+    step.compacted |= compacted
+    return out
+
+
+def _compact_judged(
+    cache: CompressedCache, layer: CompressedLayer, entry: TapeEntry, gradient: Tensor, budget: list[int | None]
+) -> None:
+    """Compacts the past by the attention and gradients of a chunk that is not stored."""
+    view = layer.view(cache.rope, entry.view.scale)
+    past = view.valid.shape[-1]
+    mass = attention_mass(entry.view, per_query_head=True)[..., :past]
+    view.evidence["attention_sum"] = mass / view.cardinality[:, :, None]
+    view.evidence["key_grad"] = cache.rope.rotate(gradient, -view.rotary_positions).to(view.keys.dtype)
+    layer.compact(cache.config.options, view, budget)
+    cache.measure(layer)
+
+
+def _token_losses(
+    adapter: FamilyAdapter, lm: nn.Module, hidden: Tensor, ids: Tensor, following: list[int]
+) -> Tensor:
+    """Cross-entropy of the next token, summed per row ``[B]``, over positions whose next token is in ``ids``."""
+    width = min(hidden.shape[1], ids.shape[1] - 1)
+    if width <= 0:
+        return hidden.sum(dim=(1, 2)) * 0
+    targets = ids[:, 1 : width + 1].to(hidden.device)
+    known = torch.arange(width, device=hidden.device) + 1 < torch.tensor(following, device=hidden.device)[:, None]
+    logits = adapter.logits(lm, hidden[:, :width]).float()
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return (losses.view_as(known) * known).sum(1)
+
+
+def _key_gradients(loss: Tensor, tape: dict[int, TapeEntry]) -> dict[int, tuple[Tensor | None, Tensor]]:
+    """Gradients with respect to past and new keys of every layer, zeros where the loss does not reach."""
+    keys = [k for e in tape.values() for k in (e.past_keys, e.new_keys) if k is not None]
+    found = iter(torch.autograd.grad(loss, keys, allow_unused=True))
+    out: dict[int, tuple[Tensor | None, Tensor]] = {}
+    for index, entry in tape.items():
+        pair = [None if k is None else _or_zeros(next(found), k) for k in (entry.past_keys, entry.new_keys)]
+        out[index] = (pair[0], pair[1])
+    return out
+
+
+def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient
+
+
+def _store_fisher(
+    cache: CompressedCache, layer: CompressedLayer, entry: TapeEntry, gradients: tuple, step: Step
+) -> None:
+    """Writes squared gradients, in pre-RoPE coordinates, to the ``fisher`` column of past and new rows."""
+    storage = layer.storage
+    dim, dtype = entry.new_keys.shape[-1], statistic_dtype(entry.new_keys.dtype)
+    storage.add_column(FISHER, (dim,), dtype)
+    column = storage.columns[FISHER]
+    start = storage.table("start")[:, None]
+    past, new = gradients
+    before = torch.tensor(entry.past_length or [0] * storage.heads, device=storage.device)[:, None]
+    counts = torch.tensor(step.counts, device=storage.device).repeat_interleave(layer.kv_heads)[:, None]
+    parts = [(new, entry.new_rotary, before, counts)]
+    if past is not None:
+        parts.append((past, entry.past_rotary, torch.zeros_like(before), before))
+    for gradient, rotary, offset, rows in parts:
+        square = cache.rope.rotate(gradient.float() if dtype != torch.float64 else gradient, -rotary).square()
+        index = torch.arange(square.shape[2], device=storage.device)
+        inside = index < rows
+        column[(start + offset + index)[inside]] = square.flatten(0, 1)[inside].to(dtype)
+
+
+def _detached(out: Any) -> Any:
+    """The decoder's output without its graph."""
+    for name, value in list(out.items()):
+        if isinstance(value, Tensor):
+            out[name] = value.detach()
+        elif name == "hidden_states" and value is not None:
+            out[name] = tuple(x.detach() for x in value)
+    return out

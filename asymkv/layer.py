@@ -1,0 +1,243 @@
+"""One decoder layer's rows: ragged storage, decode queries, compaction."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from asymkv.budgets import capacity_for
+from asymkv.models._compat import LayerBase
+from asymkv.observations import QueryRing, attention_mass
+from asymkv.plan import execute, rotary_positions
+from asymkv.rope import Rope
+from asymkv.storage import RaggedStorage
+from asymkv.view import RowView
+
+if TYPE_CHECKING:
+    from asymkv.methods.base import Method
+
+FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+UNPATCHED = (
+    "a CompressedCache was given to a model that is not patched; call asymkv.replace(config.model_type, ...) before "
+    "from_pretrained, or with model=<this model> if it is already loaded (accelerate hooks included)"
+)
+
+
+class CompressedLayer(LayerBase):
+    """Rows of one layer, flattened per (batch, KV head).
+
+    Args:
+        index: layer index in the model.
+        position_policy: "original", "compact" or "cardinality".
+    """
+
+    def __init__(self, index: int = 0, position_policy: str = "original") -> None:
+        super().__init__()
+        self.index = index
+        self.policy = position_policy
+        self.tokens: list[int] = []  # own tokens seen, per batch row
+        self.columns_seen = 0
+        self.ring: QueryRing | None = None
+
+    # -- Cache protocol ------------------------------------------------------------------------------------------
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Stock attention calls this: it must never get here.
+
+        Raises:
+            ValueError: always; the model is not patched.
+        """
+        raise ValueError(UNPATCHED)
+
+    def get_seq_length(self) -> int:
+        """Columns seen, padding included."""
+        return self.columns_seen
+
+    # -- rows ----------------------------------------------------------------------------------------------------
+    @property
+    def batch(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.storage.heads // max(self.batch, 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every buffer this layer owns."""
+        if not self.is_initialized:
+            return 0
+        return self.storage.nbytes + (self.ring.nbytes if self.ring is not None else 0)
+
+    def dense(self, name: str) -> Tensor:
+        """A column as ``[B, H_kv, T, ...]``."""
+        rows = self.storage.dense(name)
+        return rows.view(self.batch, self.kv_heads, *rows.shape[1:])
+
+    def only_own_tokens(self, new: int) -> bool:
+        """Whether the last ``new`` tokens of every row are all there is: plain causal attention."""
+        return self.storage.even and self.storage.width == new and not self.storage.merged
+
+    def initialize(self, keys: Tensor, values: Tensor) -> None:
+        """Makes the storage for a batch like ``keys [B, H_kv, t, D]``."""
+        if keys.dtype not in FLOAT_TYPES or values.dtype != keys.dtype:
+            allowed = [str(t).removeprefix("torch.") for t in FLOAT_TYPES]
+            raise ValueError(f"cache dtype {keys.dtype} / {values.dtype}; allowed, equal for both: {allowed}")
+        batch, kv_heads, new, dim = keys.shape
+        columns = {
+            "keys": ((dim,), keys.dtype, 0),
+            "values": ((values.shape[-1],), values.dtype, 0),
+            "cardinality": ((), torch.int32, 1),
+            "log_n": ((), torch.float32, 0),
+            "position": ((), torch.int32, 0),
+        }
+        self.storage = RaggedStorage([capacity_for(new)] * (batch * kv_heads), columns, keys.device)
+        self.tokens = [0] * batch
+        self.is_initialized = True
+
+    def append(
+        self, keys: Tensor, values: Tensor, *, positions: Tensor | None = None, valid: Tensor | None = None
+    ) -> None:
+        """Appends new tokens as rows of cardinality 1.
+
+        Args:
+            keys: ``[B, H_kv, t, D]``, rotated.
+            values: ``[B, H_kv, t, D]``.
+            positions: ``[B, t]`` own-token positions; None: those that follow the tokens seen.
+            valid: ``[B, t]`` bool, False = padding, never stored; None: all are tokens.
+        """
+        if valid is not None and not bool(valid.all()):
+            order = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+            keys, values = (x.gather(2, order[:, None, :, None].expand_as(x)) for x in (keys, values))
+            positions = None if positions is None else positions.gather(1, order)
+            counts = valid.sum(1).tolist()
+        else:
+            counts = [keys.shape[2]] * keys.shape[0]
+        if not self.is_initialized:
+            self.initialize(keys, values)
+        if positions is None:
+            first = torch.tensor(self.tokens, device=keys.device)[:, None]
+            positions = first + torch.arange(keys.shape[2], device=keys.device)
+        self.append_packed(keys, values, positions, counts)
+        self.columns_seen += keys.shape[2]
+
+    def append_packed(self, keys: Tensor, values: Tensor, positions: Tensor, counts: list[int]) -> None:
+        """As :meth:`append`, the first ``counts[b]`` columns of row b being its tokens; the caller counts columns."""
+        if not self.is_initialized:
+            self.initialize(keys, values)
+        if keys.shape[0] != self.batch:
+            raise ValueError(f"the cache holds a batch of {self.batch}; found one of {keys.shape[0]}")
+        flat = {"keys": keys.flatten(0, 1), "values": values.flatten(0, 1)}
+        flat["position"] = positions.int().repeat_interleave(keys.shape[1], 0)
+        self.storage.append(flat, [c for c in counts for _ in range(keys.shape[1])])
+        self.tokens = [n + c for n, c in zip(self.tokens, counts, strict=True)]
+
+    # -- positions -----------------------------------------------------------------------------------------------
+    def next_rotary(self) -> Tensor:
+        """``[B, H_kv]``: rotary position of the next token under this layer's policy."""
+        length = self.storage.table("length").view(self.batch, -1)
+        if self.policy == "compact" or not self.storage.merged and self.policy == "cardinality":
+            return length
+        n = self.storage.dense("cardinality").long()
+        valid = self.storage.valid()
+        return (n if valid is None else n * valid).sum(-1).view(self.batch, -1)
+
+    # -- compaction ----------------------------------------------------------------------------------------------
+    def view(self, rope: Rope, scale: float, *, prompt: bool = True) -> RowView:
+        """The rows as methods see them; the budget is every row."""
+        device = self.storage.device
+        valid = self.storage.valid()
+        positions, cardinality = self.dense("position"), self.dense("cardinality")
+        rotary = rotary_positions(self.policy, positions.flatten(0, 1), cardinality.flatten(0, 1))
+        lengths = self.storage.table("length").view(self.batch, -1)
+        full = torch.ones_like(positions, dtype=torch.bool)
+        fixed = ("keys", "values", "cardinality", "log_n", "position")
+        return RowView(
+            keys=self.dense("keys"),
+            values=self.dense("values"),
+            cardinality=cardinality,
+            positions=positions,
+            rotary_positions=rotary.view_as(positions),
+            valid=full if valid is None else valid.view_as(positions),
+            lengths=lengths,
+            budget=lengths,
+            tokens=torch.tensor(self.tokens, device=device),
+            prompt=prompt,
+            scale=scale,
+            rope=rope,
+            statistics={n: self.dense(n) for n in self.storage.columns if n not in fixed},
+        )
+
+    def exceeds(self, budget: list[int | None], new: list[int] | None = None) -> bool:
+        """Whether some head holds more rows than its row's budget (None = no limit), ``new`` tokens added."""
+        added = new or [0] * len(budget)
+        heads = self.kv_heads if self.is_initialized else 1
+        for row, limit in enumerate(budget):
+            held = max(self.storage.length[row * heads : (row + 1) * heads]) if self.is_initialized else 0
+            if limit is not None and held + added[row] > limit:
+                return True
+        return False
+
+    def compact(self, method: Method, view: RowView, budget: list[int | None]) -> None:
+        """Brings every head of the rows that have a budget down to it, as the method decides."""
+        limit = [torch.iinfo(torch.int64).max if b is None else b for b in budget]
+        rows = torch.tensor(limit, device=self.storage.device)[:, None].expand_as(view.lengths)
+        view.budget = torch.minimum(view.lengths, rows)
+        self.storage = execute(method.plan(view), view, self.storage, self.policy)
+        if self.ring is not None:
+            self.ring.clear()
+
+    def remember(self, query: Tensor, positions: Tensor) -> None:
+        """Keeps a decode query ``[B, H, 1, D]`` for the next compaction."""
+        if self.ring is None:
+            self.ring = QueryRing(query)
+        self.ring.push(query, positions)
+
+    def accumulate_mass(self, view: RowView) -> None:
+        """Adds the attention mass of the view's queries to the ``mass`` column (fp32)."""
+        self.storage.add_column("mass", (), torch.float32)
+        mass = self.dense("mass") + attention_mass(view)
+        self.storage.write("mass", mass.flatten(0, 1))
+        view.statistics["mass"] = self.dense("mass")
+
+    # -- batch ---------------------------------------------------------------------------------------------------
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes row ``beam_idx[b]``."""
+        if not self.is_initialized:
+            return
+        rows = beam_idx.tolist()
+        self.storage = self.storage.select([r * self.kv_heads + h for r in rows for h in range(self.kv_heads)])
+        self.tokens = [self.tokens[r] for r in rows]
+        if self.ring is not None:
+            self.ring.select(beam_idx.to(self.ring.queries.device))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the given rows of the batch."""
+        index = torch.as_tensor(indices)
+        self.reorder_cache(index.nonzero().squeeze(-1) if index.dtype == torch.bool else index)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row of the batch."""
+        self.reorder_cache(torch.arange(self.batch).repeat_interleave(repeats))
+
+    def truncate(self, columns: int, counts: list[int]) -> None:
+        """Takes the newest ``counts[b]`` tokens off each row, which were ``columns`` columns."""
+        self.storage.truncate([c for c in counts for _ in range(self.kv_heads)])
+        self.tokens = [n - c for n, c in zip(self.tokens, counts, strict=True)]
+        self.columns_seen -= columns
+
+    def fork(self) -> CompressedLayer:
+        """A deep copy."""
+        out = copy.copy(self)
+        out.tokens = list(self.tokens)
+        if self.is_initialized:
+            out.storage = self.storage.clone()
+        out.ring = copy.deepcopy(self.ring)
+        return out
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.is_initialized = False
+        self.tokens, self.columns_seen, self.ring = [], 0, None

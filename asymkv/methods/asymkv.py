@@ -1,0 +1,211 @@
+"""AsymKV (arXiv 2506.05410): merge adjacent, homogeneous keys; keep heterogeneous values by cardinality."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from asymkv.methods import upstream
+from asymkv.methods.base import Method
+from asymkv.methods.upstream import upstream_compact
+from asymkv.observations import PairCost, attention_mass, exposure, key_curvature, pair_cost
+from asymkv.plan import CompactionPlan, contract_pairs, keep_rows
+from asymkv.view import RowView, lowest
+
+if TYPE_CHECKING:
+    from asymkv.config import CompressionConfig
+
+__all__ = ["AsymKV", "AsymKVEvict", "convex_weights", "upstream_compact"]
+
+CURVATURES = ("loss", "output", "cardinality")
+KEY_WEIGHTS = ("curvature", "output_error")
+PAIR_RULES = ("attention", "output_error")
+
+# Share of the cardinality weight mixed into every curvature weight, and the curvature below which it takes over.
+MIX, VANISHING = 1e-5, 1e-30
+# A chain of pairwise weights is kept away from 0 and 1, so that a long run cannot hang on one of its members.
+PAIR_WEIGHT_RANGE = (0.02, 0.98)
+
+
+@dataclasses.dataclass(frozen=True)
+class AsymKV(Method):
+    """Merges the adjacent pairs that matter least, per KV head; runs of pairs become one row; nothing is dropped.
+
+    Args:
+        curvature: what weighs a key in a merge: "loss" (squared gradient of the chunk's LM loss, the paper's Fisher
+            diagonal), "output" (Gauss-Newton of the attention output, forward only), "cardinality".
+        key_weights: "curvature" (per dimension), or "output_error" (the scalar weight that minimises the change of
+            the attention output, per pair).
+        pair_rule: "attention" (lowest sum of attention, the paper's) or "output_error" (smallest change of the
+            attention output at the merge's own best weight).
+        position_factor: multiply a pair's attention by ``exp(-(i + 1) / gamma)``, ``gamma = 4096 / ln 512``, as the
+            released code does.
+        cardinality_factor: multiply it by the tokens that the pair stands for, as the released code does.
+        mean_attention: divide a row's attention by the number of queries that could see it.
+        upstream_compat: reproduce the released code: one pair set for all heads, overlapping pairs that drop rows,
+            cardinality cap 5, chunk-local loss, two forwards per chunk, no compaction in decode. Its sinks (32),
+            budget (2080), and positions from cumulative cardinality become the defaults.
+    """
+
+    title: ClassVar[str] = "AsymKV, arXiv 2506.05410"
+
+    curvature: str = "output"
+    key_weights: str = "curvature"
+    pair_rule: str = "attention"
+    position_factor: bool = False
+    cardinality_factor: bool = False
+    mean_attention: bool = True
+    upstream_compat: bool = False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        if self.upstream_compat:
+            return frozenset({"replay"})
+        by_loss = self.curvature == "loss" and self.key_weights == "curvature"
+        return frozenset({"queries", "loss"} if by_loss else {"queries"})
+
+    def defaults(self) -> dict[str, Any]:
+        return dict(upstream.DEFAULTS) if self.upstream_compat else {}
+
+    def validate(self, config: CompressionConfig) -> None:
+        """Checks the choices.
+
+        Raises:
+            ValueError: for an unknown choice, or settings that the released code cannot have.
+        """
+        super().validate(config)
+        choices = {"curvature": CURVATURES, "key_weights": KEY_WEIGHTS, "pair_rule": PAIR_RULES}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}; allowed: {list(allowed)}")
+        for name in ("position_factor", "cardinality_factor", "mean_attention", "upstream_compat"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False; found {getattr(self, name)!r}")
+        if self.upstream_compat and config.decode_interval:
+            raise ValueError("upstream_compat=True never compacts in decode; decode_interval must be 0, "
+                             f"found {config.decode_interval}")
+
+    def row_bytes(self, head_dim: int, dtype: torch.dtype, config: CompressionConfig) -> int:
+        """The Fisher diagonal rides along where decode may use it."""
+        if "loss" not in self.needs or not config.decode_interval:
+            return 0
+        from asymkv.curvature import statistic_dtype
+
+        return head_dim * statistic_dtype(dtype).itemsize
+
+    def plan(self, view: RowView) -> CompactionPlan:
+        """Contracts the cheapest adjacent pairs."""
+        if self.upstream_compat:
+            return upstream.plan(view, self.sink_size)
+        pairs, cost = self.pairs(view)
+        destination = contract_pairs(pairs)
+        return CompactionPlan(destination, self.key_weight(view, pairs, destination, cost))
+
+    def pairs(self, view: RowView) -> tuple[Tensor, PairCost | None]:
+        """``[B, H_kv, T - 1]`` bool, the pairs to contract: as many as the head must lose rows."""
+        uses_cost = "output_error" in (self.pair_rule, self.key_weights)
+        cost = pair_cost(view) if uses_cost else None
+        score = self.pair_score(view, cost)
+        free = ~view.protected(self.sink_size, self.window_size)
+        return lowest(score, view.excess, free[..., 1:] & free[..., :-1]), cost
+
+    def pair_score(self, view: RowView, cost: PairCost | None) -> Tensor:
+        """Cost of contracting rows j and j + 1, ``[B, H_kv, T - 1]``."""
+        if self.pair_rule == "output_error":
+            assert cost is not None
+            score = cost.error(self._pair_weight(view, cost))
+        else:
+            mass = attention_mass(view)
+            if self.mean_attention:
+                mass = mass / exposure(view)
+            score = mass[..., 1:] + mass[..., :-1]
+        if self.position_factor:
+            score = score * upstream.position_factor(score.shape[-1] + 1, self.sink_size, score)
+        if self.cardinality_factor:
+            n = view.cardinality.to(score.dtype)
+            score = score * (n[..., 1:] + n[..., :-1])
+        return score
+
+    def _pair_weight(self, view: RowView, cost: PairCost) -> Tensor:
+        """Weight on row j that the merge of j and j + 1 will use, as far as it is a scalar."""
+        if self.key_weights == "output_error":
+            return cost.weight.clamp(*PAIR_WEIGHT_RANGE)
+        n = view.cardinality.to(cost.a.dtype)
+        return n[..., :-1] / (n[..., 1:] + n[..., :-1])
+
+    def key_weight(
+        self, view: RowView, pairs: Tensor, destination: Tensor, cost: PairCost | None
+    ) -> Tensor | None:
+        """Convex weights of keys, ``[B, H_kv, T]`` or ``[B, H_kv, T, D]``; None = cardinality."""
+        if self.key_weights == "output_error":
+            assert cost is not None
+            return _chain_weights(cost.weight.clamp(*PAIR_WEIGHT_RANGE), pairs, destination)
+        if self.curvature == "cardinality":
+            return None
+        curvature = key_curvature(view) if self.curvature == "output" else view.statistics.get("fisher")
+        if curvature is None:
+            return None
+        return convex_weights(curvature, view.cardinality, destination)
+
+
+@dataclasses.dataclass(frozen=True)
+class AsymKVEvict(AsymKV):
+    """The control of AsymKV: the same scores, protected rows and row count, but a run keeps one row and drops the rest.
+
+    Of each run of pairs the row with the most attention stays, with cardinality 1. Takes AsymKV's arguments.
+    """
+
+    title: ClassVar[str] = "AsymKV's selection without merging (control)"
+
+    def validate(self, config: CompressionConfig) -> None:
+        super().validate(config)
+        if self.upstream_compat:
+            raise ValueError("asymkv_evict has no upstream_compat=True; allowed: False")
+
+    def plan(self, view: RowView) -> CompactionPlan:
+        """Keeps the most attended row of each run."""
+        group = contract_pairs(self.pairs(view)[0])
+        mass = attention_mass(view) / exposure(view)
+        best = torch.zeros_like(mass).scatter_reduce_(-1, group, mass, "amax", include_self=False)
+        index = torch.arange(group.shape[-1], device=group.device).expand_as(group)
+        leads = torch.where(mass == best.gather(-1, group), index, group.shape[-1])
+        first = torch.full_like(index, group.shape[-1]).scatter_reduce_(-1, group, leads, "amin")
+        return keep_rows((first.gather(-1, group) == index) & view.valid)
+
+
+def convex_weights(curvature: Tensor, cardinality: Tensor, destination: Tensor) -> Tensor:
+    """Newton weights of keys that fall back smoothly to cardinality where the curvature vanishes.
+
+    A row without curvature (all dimensions zero) counts like its group's average token.
+
+    Args:
+        curvature: ``[B, H_kv, T, D]`` >= 0.
+        cardinality: ``[B, H_kv, T]``.
+        destination: ``[B, H_kv, T]``, the group of each row.
+
+    Returns:
+        ``[B, H_kv, T, D]`` > 0, not normalised.
+    """
+    h = curvature.to(torch.promote_types(curvature.dtype, torch.float32))
+    n = cardinality.to(h.dtype)[..., None]
+    known = (h.amax(-1, keepdim=True) > 0).to(h.dtype)
+    index = destination.clamp(min=0)[..., None]
+
+    def group_sum(x: Tensor) -> Tensor:
+        spread = index.expand_as(x)
+        return torch.zeros_like(x).scatter_add_(2, spread, x).gather(2, spread)
+
+    density = group_sum(h * known) / group_sum(n * known).clamp(min=VANISHING)
+    return torch.where(known > 0, h, n * density) + n * (MIX * density + VANISHING)
+
+
+def _chain_weights(weight: Tensor, pairs: Tensor, destination: Tensor) -> Tensor:
+    """Weights of the members of runs whose neighbours stand to each other as their pair weights say."""
+    step = torch.where(pairs, torch.log1p(-weight) - torch.log(weight), 0)
+    height = torch.nn.functional.pad(step.cumsum(-1), (1, 0))
+    top = torch.full_like(height, -math.inf).scatter_reduce_(-1, destination, height, "amax")
+    return torch.exp(height - top.gather(-1, destination))

@@ -1,0 +1,72 @@
+"""What a method is: parameters, and a decision about where rows go."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from asymkv.plan import CompactionPlan, keep_rows
+from asymkv.view import RowView, lowest
+
+if TYPE_CHECKING:
+    from asymkv.config import CompressionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Base of all methods: a frozen dataclass of parameters.
+
+    Class attributes:
+        title: name and paper, for the table of methods.
+        chunk_size: own tokens per prefill chunk; None = whole prompt.
+        position_policy: the method's own policy.
+        needs: "queries" (those of the chunk, or the last of decode), "attention" (mass of every query so far, column
+            ``mass``), "loss" (squared gradient of the chunk's loss, column ``fisher``), "replay" (the past is judged
+            by the chunk before the chunk is stored), "whole_prompt".
+        compresses: False for the full cache.
+    """
+
+    title: ClassVar[str] = ""
+    chunk_size: ClassVar[int | None] = 512
+    position_policy: ClassVar[str] = "original"
+    compresses: ClassVar[bool] = True
+
+    # Set from the configuration when it is validated: rows that are never touched.
+    sink_size: int = dataclasses.field(default=0, init=False, repr=False)
+    window_size: int = dataclasses.field(default=0, init=False, repr=False)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset()
+
+    def defaults(self) -> dict[str, Any]:
+        """Values of general settings that this method sets where the user gave none."""
+        return {}
+
+    def validate(self, config: CompressionConfig) -> None:
+        """Takes the protected sizes, and raises ValueError for settings that do not go together."""
+        object.__setattr__(self, "sink_size", config.sink_size)
+        object.__setattr__(self, "window_size", config.window_size)
+        if config.chunk_size is not None and "whole_prompt" in self.needs:
+            raise ValueError(f"method {config.method!r} sees the whole prompt at once; chunk_size must be None, "
+                             f"found {config.chunk_size}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The method's own parameters."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+
+    def row_bytes(self, head_dim: int, dtype: torch.dtype, config: CompressionConfig) -> int:
+        """Bytes of the statistics that stay with each row, beside key, value and metadata."""
+        return 4 if "attention" in self.needs else 0
+
+    def score(self, view: RowView) -> Tensor:
+        """Worth of each row, ``[B, H_kv, T]``; the lowest go first."""
+        raise TypeError(f"{type(self).__name__} decides in plan(), not by a score per row")
+
+    def plan(self, view: RowView) -> CompactionPlan:
+        """Where each row goes: by default the lowest scores outside sinks and window are dropped."""
+        free = ~view.protected(self.sink_size, self.window_size)
+        return keep_rows(~lowest(self.score(view), view.excess, free) & view.valid)

@@ -1,0 +1,74 @@
+"""The only file that knows transformers versions.
+
+Tested window: ``OLDEST`` to the newest 5.x. What changed inside it and is met here: the name of the layer's length
+method (``get_max_cache_shape`` until 5.x's ``get_max_length``), the argument of ``get_mask_sizes`` (``cache_position``
+tensor, then ``query_length`` int), the extra arguments of ``update``, and generate's record of an all-ones mask.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import transformers
+from packaging.version import Version
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+OLDEST = "5.0.0"
+FOUND = transformers.__version__
+
+if not Version("5.0.0.dev0") <= Version(FOUND) < Version("6"):
+    raise ImportError(f"asymkv needs transformers >= {OLDEST}, < 6; found {FOUND}")
+
+__all__ = ["Cache", "CausalLMOutputWithPast", "LayerBase", "generation_request", "slice_kept"]
+
+
+class LayerBase(CacheLayerMixin):
+    """A cache layer whose lengths are logical: tokens seen, whatever the number of rows stored."""
+
+    is_sliding = False
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        # Not super().__init__(): it sets `keys` and `values` tensors, which a ragged layer does not have.
+        self.is_initialized = False
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Storage is made at the first append."""
+
+    def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
+        """Logical ``(kv_length, kv_offset)``; our attention builds its own mask from positions."""
+        new = query if isinstance(query, int) else query.shape[0]
+        return self.get_seq_length() + new, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+
+def generation_request(args: tuple, kwargs: dict) -> tuple[Any, dict, Any]:
+    """``(generation_config, model_kwargs, generation_mode)`` of ``_prepare_cache_for_generation``'s arguments."""
+    names = ("generation_config", "model_kwargs", "generation_mode")
+    values = [kwargs[n] if n in kwargs else args[i] for i, n in enumerate(names)]
+    return values[0], values[1], values[2]
+
+
+def bind_forward(original: Any, module: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """All arguments of a causal LM's ``forward`` by name, extra keyword arguments included."""
+    bound = inspect.signature(original).bind(module, *args, **kwargs)
+    given = dict(bound.arguments)
+    given.pop(next(iter(given)))  # self
+    extra = given.pop("kwargs", {})
+    return {**given, **extra}
+
+
+def slice_kept(columns: int, logits_to_keep: int | Tensor) -> list[int] | Tensor:
+    """Columns whose logits a forward must return: ``logits_to_keep`` as transformers reads it (0 = all)."""
+    if isinstance(logits_to_keep, Tensor):
+        return logits_to_keep
+    return list(range(columns))[-logits_to_keep:] if logits_to_keep else list(range(columns))

@@ -1,0 +1,87 @@
+"""LMA through PyTorch's fused attention: log cardinality as an additive fp32 mask."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from asymkv.ops import reference
+
+
+def biased_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Same contract as :func:`asymkv.ops.reference.biased_attention`; differentiable in query, keys and values.
+
+    ``bias`` must broadcast to ``[B, H_kv, Q, T]``. K and V are never expanded to query heads: one query folds its
+    group into the query axis, several queries read K and V through a zero stride.
+    """
+    batch, heads, queries, dim = query.shape
+    kv_heads, rows = keys.shape[1], keys.shape[2]
+    if not _fused(query, keys, values) or rows == 0:
+        return reference.biased_attention(query, keys, values, bias, scale)
+    group = heads // kv_heads
+    bias = bias.expand(batch, kv_heads, -1, rows).reshape(batch * kv_heads, 1, -1, rows)
+    if bias.shape[2] == 1:
+        q = query.reshape(batch * kv_heads, 1, group * queries, dim)
+        k, v = keys.reshape(-1, 1, rows, dim), values.reshape(-1, 1, rows, dim)
+    else:
+        q = query.reshape(batch * kv_heads, group, queries, dim)
+        k = keys.reshape(-1, 1, rows, dim).expand(-1, group, -1, -1)
+        v = values.reshape(-1, 1, rows, dim).expand(-1, group, -1, -1)
+    out, lse = _kernel(q, k, v, bias.expand(-1, q.shape[1], q.shape[2], -1), scale)
+    out, lse = out.reshape(batch, heads, queries, dim), lse.reshape(batch, heads, queries)
+    # A query that sees nothing is 0/0 in the kernels; the contract says 0 and -inf. Whoever sees row 0 sees something.
+    if bool(torch.isneginf(bias[..., 0]).any()) and bool((unseen := torch.isneginf(bias).all(-1)).any()):
+        blank = unseen.view(batch, kv_heads, 1, -1).expand(-1, -1, group, queries).reshape(batch, heads, queries)
+        out = out.masked_fill(blank[..., None], 0)
+        lse = lse.masked_fill(blank, -torch.inf)
+    return out, lse
+
+
+def causal_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Plain causal attention of tokens among themselves, ``Q == T``: no mask in memory.
+
+    Shapes and result as :func:`biased_attention`.
+    """
+    batch, heads, queries, dim = query.shape
+    kv_heads = keys.shape[1]
+    if not _fused(query, keys, values):
+        bias = reference.causal_tail_bias(queries, queries, queries, query.device)
+        return reference.biased_attention(query, keys, values, bias[None, None], scale)
+    group = heads // kv_heads
+    q = query.reshape(batch * kv_heads, group, queries, dim)
+    k = keys.reshape(-1, 1, queries, dim).expand(-1, group, -1, -1)
+    v = values.reshape(-1, 1, queries, dim).expand(-1, group, -1, -1)
+    out, lse = _kernel(q, k, v, None, scale, is_causal=True)
+    return out.reshape(batch, heads, queries, dim), lse.reshape(batch, heads, queries)
+
+
+def _fused(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether a fused kernel that returns the log-sum-exp takes these tensors (fp64 on CUDA is not served)."""
+    on_cpu = query.device.type == "cpu"
+    half = query.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return keys.shape[-1] == values.shape[-1] and (on_cpu or (query.device.type == "cuda" and half))
+
+
+def _kernel(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        # fp64 takes an fp64 mask; half types take an fp32 one, which keeps log n exact.
+        mask = None if bias is None else bias.to(reference.compute_dtype(q))
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale
+        )
+        return out, lse
+    mask = None if bias is None else _aligned(bias.to(q.dtype))
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+        q, k, v, mask, True, 0.0, is_causal, scale=scale
+    )
+    return out, lse[..., : q.shape[2]]
+
+
+def _aligned(bias: Tensor) -> Tensor:
+    """The memory-efficient kernel wants rows of the mask to start at multiples of 16 bytes."""
+    rows = bias.shape[-1]
+    padded = torch.nn.functional.pad(bias[:, :1], (0, -rows % 8))
+    return padded[..., :rows].expand(bias.shape)

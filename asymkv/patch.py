@@ -1,0 +1,299 @@
+"""Makes plain ``model.generate`` run on a compressed cache, reversibly.
+
+Three callables per family are wrapped: the attention's ``forward`` (acts only on a :class:`CompressedCache`), the causal
+LM's ``forward`` (an absent cache becomes ours) and ``_prepare_cache_for_generation`` (returns ours when the user passed
+none). A cache that the user passes runs the original code, bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from asymkv.attention import attention_forward
+from asymkv.cache import CompressedCache
+from asymkv.config import CompressionConfig
+from asymkv.models import get_adapter
+from asymkv.models._compat import bind_forward, generation_request
+from asymkv.models.adapter import FamilyAdapter
+from asymkv.prefill import run
+from asymkv.rope import Rope
+
+_MARK = "__asymkv_handle__"
+_active: list[PatchHandle] = []
+
+
+class PatchHandle:
+    """A patch in force; a context manager that restores on leaving.
+
+    Args:
+        adapter: the family.
+        config: settings of the caches that the patch makes.
+        model: the patched instance, or None for the family's classes.
+    """
+
+    def __init__(self, adapter: FamilyAdapter, config: CompressionConfig, model: nn.Module | None) -> None:
+        self.adapter = adapter
+        self.config = config
+        self.model = model
+        self.active = False
+        self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> PatchHandle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.restore()
+
+    def __repr__(self) -> str:
+        state = "active" if self.active else "restored"
+        return f"PatchHandle({self.adapter.model_type}, {self.config.describe()}, {state})"
+
+    def restore(self) -> None:
+        """Gives the original functions back; harmless a second time."""
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+        self.active = False
+        if self in _active:
+            _active.remove(self)
+
+    def new_cache(self, lm: nn.Module) -> CompressedCache:
+        """An empty cache for a model of this family.
+
+        Raises:
+            ValueError: for a model that a compressed cache cannot serve.
+        """
+        self.adapter.check(lm.config)
+        rotary = self.adapter.rotary(lm)
+        if not hasattr(rotary, "inv_freq"):
+            raise ValueError(f"{type(lm).__name__}: no rotary embedding; compressed caches need RoPE")
+        heads = lm.config.num_attention_heads
+        return CompressedCache(
+            self.config,
+            num_layers=lm.config.num_hidden_layers,
+            kv_heads=getattr(lm.config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(lm.config, "head_dim", None) or lm.config.hidden_size // heads,
+            dtype=lm.dtype,
+            rope=Rope(rotary),
+        )
+
+    def install(self) -> None:
+        """Wraps the three callables (and what ``print(model)`` shows)."""
+        wrappers = {
+            self.adapter.attention_class(): {"forward": self._attention},
+            self.adapter.causal_lm_class(): {
+                "forward": self._lm, "_prepare_cache_for_generation": self._prepare, "extra_repr": self._repr
+            },
+        }  # fmt: skip
+        for cls, makers in wrappers.items():
+            targets = [cls] if self.model is None else [m for m in self.model.modules() if isinstance(m, cls)]
+            for target in targets:
+                for name, make in makers.items():
+                    self._wrap(target, name, make)
+        self.active = True
+        _active.append(self)
+
+    def _wrap(self, target: Any, name: str, make: Callable[[Callable], Callable]) -> None:
+        if isinstance(target, type):
+            original = getattr(target, name)
+            own = name in vars(target)
+            wrapper = functools.wraps(original)(make(original))
+        else:
+            # accelerate keeps the forward that its hook calls under another name.
+            name = "_old_forward" if name == "forward" and hasattr(target, "_old_forward") else name
+            original = getattr(target, name)
+            own = name in vars(target)
+            unbound = getattr(original, "__func__", original)
+            function = make(functools.wraps(unbound)(lambda _self, *args, **kwargs: original(*args, **kwargs)))
+            wrapper = types.MethodType(functools.wraps(original)(function), target)
+        setattr(wrapper if isinstance(target, type) else wrapper.__func__, _MARK, self)
+        setattr(target, name, wrapper)
+        self._undo.append(lambda: setattr(target, name, original) if own else delattr(target, name))
+
+    # -- the wrappers --------------------------------------------------------------------------------------------
+    def _attention(self, original: Callable) -> Callable:
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            cache = kwargs.get("past_key_values")
+            if not self.active or not isinstance(cache, CompressedCache):
+                return original(module, *args, **kwargs)
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            return attention_forward(self.adapter, module, hidden, cache)
+
+        return forward
+
+    def _lm(self, original: Callable) -> Callable:
+        def forward(lm: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not self.active:
+                return original(lm, *args, **kwargs)
+            given = bind_forward(original, lm, args, kwargs)
+            cache = given.get("past_key_values")
+            attentions = given.get("output_attentions", getattr(lm.config, "output_attentions", False))
+            if cache is None:
+                use_cache = given.get("use_cache")
+                if use_cache is False or (use_cache is None and lm.config.use_cache is False):
+                    return original(lm, *args, **kwargs)
+                if attentions and use_cache is None:
+                    return original(lm, *args, **{**kwargs, "use_cache": False})
+                cache = None if attentions else self.new_cache(lm)
+            elif not isinstance(cache, CompressedCache):
+                return original(lm, *args, **kwargs)
+            if attentions:
+                raise ValueError("output_attentions=True: attention weights over a compressed cache are not those of "
+                                 "the tokens; pass use_cache=False for stock attentions")
+            return run(self.adapter, lm, cache, given)
+
+        return forward
+
+    def _prepare(self, original: Callable) -> Callable:
+        def prepare(lm: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not self.active:
+                return original(lm, *args, **kwargs)
+            generation, given, mode = generation_request(args, kwargs)
+            cache = given.get("past_key_values")
+            if cache is None and generation.use_cache is not False:
+                cache = self._cache_for_generation(lm, generation, mode)
+                given["past_key_values"] = cache
+            elif not isinstance(cache, CompressedCache):
+                return original(lm, *args, **kwargs)
+            else:
+                _check_mode(cache.config, mode)
+                original(lm, *args, **kwargs)
+            _announce(cache, given)
+            return None
+
+        return prepare
+
+    def _cache_for_generation(self, lm: nn.Module, generation: Any, mode: Any) -> CompressedCache:
+        if generation.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation.cache_implementation!r} asks for a cache of transformers, the patch "
+                "for a compressed one; leave it None, or restore() the patch"
+            )
+        _check_mode(self.config, mode)
+        return self.new_cache(lm)
+
+    def _repr(self, original: Callable) -> Callable:
+        def extra_repr(lm: nn.Module) -> str:
+            if not self.active:
+                return original(lm)
+            return "\n".join(filter(None, [original(lm), f"asymkv: {self.config.describe()}"]))
+
+        return extra_repr
+
+
+def _check_mode(config: CompressionConfig, mode: Any) -> None:
+    """Assisted decoding takes tokens back, which a compaction makes impossible."""
+    if "assisted" in str(getattr(mode, "value", mode)) and config.options.compresses:
+        raise ValueError(f"assisted generation rolls the cache back, which method={config.method!r} cannot; "
+                         "allowed: method='full'")
+
+
+def _announce(cache: CompressedCache, given: dict[str, Any]) -> None:
+    """Tells the cache how many prompt tokens each row will get, however generate splits them."""
+    mask, ids = given.get("attention_mask"), given.get("position_ids")
+    past = cache.get_seq_length()
+    if mask is not None:
+        counts = mask[:, past:].sum(1).tolist()
+    elif ids is not None and ids.shape[-1] > past:
+        rows = len(cache.layers[0].tokens) or ids.shape[0]
+        counts = [ids.shape[-1] - past] * rows
+    else:
+        return
+    if past == 0 and min(counts) == 0:
+        raise ValueError(f"rows {[b for b, n in enumerate(counts) if n == 0]} of the batch hold nothing but padding")
+    cache.expect_prompt([int(n) for n in counts])
+
+
+def replace(
+    model_type: str,
+    config: CompressionConfig | str | Path | None = None,
+    *,
+    model: nn.Module | None = None,
+    **overrides: Any,
+) -> PatchHandle:
+    """Patches a model family, or one live model, to generate on a compressed cache.
+
+    Args:
+        model_type: ``config.model_type`` of the family ("llama", "mistral", "qwen2").
+        config: settings, or the name or path of a yaml file; None = the defaults.
+        model: patch this instance only; None: the family's classes, before ``from_pretrained``.
+        overrides: settings that win over ``config``.
+
+    Returns:
+        The handle that undoes it.
+
+    Raises:
+        ValueError: for an unknown family, setting or method; a model of another family, patched already, or that a
+            compressed cache cannot serve; or a family patched under instances that accelerate has hooked.
+    """
+    adapter = get_adapter(model_type)
+    if config is None:
+        config = CompressionConfig(**overrides)
+    elif isinstance(config, CompressionConfig):
+        config = config.replace(**overrides) if overrides else config
+    else:
+        config = CompressionConfig.load(config, **overrides)
+    if model is None:
+        _check_classes(adapter)
+    else:
+        _check_instance(adapter, model)
+    handle = PatchHandle(adapter, config, model)
+    handle.install()
+    return handle
+
+
+def _check_classes(adapter: FamilyAdapter) -> None:
+    classes = (adapter.attention_class(), adapter.causal_lm_class())
+    if any(hasattr(vars(cls).get("forward"), _MARK) for cls in classes):
+        raise ValueError(f"{adapter.model_type} is patched already; restore() the first patch")
+    # A hook has captured the unpatched forward: such a model would silently run on the full cache.
+    hooked = [o for o in gc.get_objects() if type(o) in classes and "_old_forward" in vars(o)]
+    if hooked:
+        raise ValueError(
+            f"a live {type(hooked[0]).__name__} was hooked by accelerate before the patch, which it would not see; "
+            "patch that instance with model=..., or patch before from_pretrained"
+        )
+
+
+def _check_instance(adapter: FamilyAdapter, model: nn.Module) -> None:
+    lms = [m for m in model.modules() if isinstance(m, adapter.causal_lm_class())]
+    if not lms:
+        found = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise ValueError(f"no {adapter.causal_lm} in the given model; found {found!r}, expected {adapter.model_type!r}")
+    adapter.check(lms[0].config)
+    forwards = [getattr(lms[0], "_old_forward", None), lms[0].forward]
+    marks = [getattr(getattr(f, "__func__", f), _MARK, None) for f in forwards]
+    if any(mark is not None and mark.active for mark in marks):
+        raise ValueError(f"this {adapter.model_type} model is patched already; restore() the first patch")
+
+
+def restore(handle: PatchHandle | None = None) -> None:
+    """Undoes a patch, or with None every patch in force, newest first."""
+    for each in [handle] if handle is not None else list(reversed(_active)):
+        each.restore()
+
+
+def _family(model_type: str) -> Callable[..., PatchHandle]:
+    def replace_family(
+        config: CompressionConfig | str | Path | None = None, *, model: nn.Module | None = None, **overrides: Any
+    ) -> PatchHandle:
+        return replace(model_type, config, model=model, **overrides)
+
+    replace_family.__name__ = replace_family.__qualname__ = f"replace_{model_type}_asymkv"
+    replace_family.__doc__ = f"""Patches the {model_type} family; see :func:`asymkv.replace`."""
+    return replace_family
+
+
+replace_llama_asymkv = _family("llama")
+replace_mistral_asymkv = _family("mistral")
+replace_qwen2_asymkv = _family("qwen2")
+
+__all__ = ["PatchHandle", "replace", "replace_llama_asymkv", "replace_mistral_asymkv",
+           "replace_qwen2_asymkv", "restore"]

@@ -1,0 +1,245 @@
+"""Drives the decoder through a forward: own-token chunks, judged and compacted as the method asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from asymkv import curvature
+from asymkv.cache import CompressedCache, Step
+from asymkv.models._compat import CausalLMOutputWithPast
+from asymkv.models.adapter import FamilyAdapter
+
+# Arguments of a causal LM's forward that are ours to serve; all others go to the decoder, as in transformers.
+_OWN = ("labels", "logits_to_keep", "use_cache", "past_key_values", "return_dict", "cache_position", "input_ids",
+        "inputs_embeds", "attention_mask", "position_ids", "output_attentions")  # fmt: skip
+
+
+@dataclass
+class Layout:
+    """Where the tokens of a forward are: rows of the batch packed to the left, padding gone.
+
+    Args:
+        counts: tokens per row.
+        columns: width of the forward, padding included.
+        order: ``[B, columns]``, the columns of each row's tokens first; None if nothing is padding.
+        valid: ``[B, columns]`` bool on the CPU.
+    """
+
+    counts: list[int]
+    columns: int
+    order: Tensor | None
+    valid: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor | None, batch: int, columns: int) -> Layout:
+        """The layout of a ``[B, columns]`` mask (None = no padding)."""
+        if mask is None or bool(mask.all()):
+            return cls([columns] * batch, columns, None, torch.ones(batch, columns, dtype=torch.bool))
+        order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        return cls(mask.sum(1).tolist(), columns, order, mask.cpu())
+
+    def take(self, x: Tensor, begin: int, end: int) -> Tensor:
+        """Own tokens ``begin:end`` of ``x [B, columns, ...]``."""
+        if self.order is None:
+            return x[:, begin:end]
+        index = self.order[:, begin:end].to(x.device)
+        return x.gather(1, index.view(*index.shape, *(1,) * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
+
+    def put(self, out: Tensor, x: Tensor, begin: int, first: int) -> None:
+        """Writes own tokens from ``begin`` on into ``out``, which holds columns from ``first`` on."""
+        end = begin + x.shape[1]
+        if self.order is None:
+            skip = max(first - begin, 0)
+            if skip < x.shape[1]:
+                out[:, begin + skip - first : end - first] = x[:, skip:]
+            return
+        column = self.order[:, begin:end].to(x.device) - first
+        token = torch.arange(begin, end, device=x.device) < torch.tensor(self.counts, device=x.device)[:, None]
+        row, at = ((column >= 0) & token).nonzero(as_tuple=True)
+        out[row, column[row, at]] = x[row, at]
+
+
+@dataclass
+class Call:
+    """One forward of a patched causal LM, parsed and checked."""
+
+    inputs: Tensor  # token ids [B, t], or embeddings [B, t, hidden]
+    embedded: bool
+    layout: Layout
+    labels: Tensor | None
+    logits_to_keep: int | Tensor
+    extra: dict[str, Any]
+
+
+def run(adapter: FamilyAdapter, lm: nn.Module, cache: CompressedCache, given: dict[str, Any]) -> Any:
+    """A causal LM's forward on a compressed cache; returns what the stock forward returns."""
+    _check_mode(lm, cache)
+    call = parse(cache, given)
+    with torch.no_grad():
+        hidden, states = _decode_all(adapter, lm, cache, call)
+        logits = adapter.logits(lm, hidden)
+        loss = None
+        if call.labels is not None:
+            kept = {k: v for k, v in call.extra.items() if k != "output_hidden_states"}
+            loss = lm.loss_function(logits=logits, labels=call.labels, vocab_size=lm.config.vocab_size, **kept)
+    out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=states)
+    wants_dict = given.get("return_dict")
+    return out if wants_dict or wants_dict is None else out.to_tuple()
+
+
+def parse(cache: CompressedCache, given: dict[str, Any]) -> Call:
+    """Checks a forward's arguments.
+
+    Raises:
+        ValueError: for an empty prompt, a mask that is not 2D or does not fit, foreign positions, or a row without a
+            token.
+    """
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    if (ids is None) == (embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    inputs = ids if ids is not None else embeds
+    batch, columns = inputs.shape[:2]
+    if columns == 0 or batch == 0:
+        raise ValueError(f"empty prompt: input of shape {tuple(inputs.shape)} holds no token")
+    mask = _new_columns(given.get("attention_mask"), cache.get_seq_length(), batch, columns)
+    layout = Layout.of(mask, batch, columns)
+    if not cache.prompt_until and cache.get_seq_length() == 0 and min(layout.counts) == 0:
+        empty = [b for b, n in enumerate(layout.counts) if n == 0]
+        raise ValueError(f"rows {empty} of the batch hold nothing but padding")
+    _check_positions(cache, layout, given.get("position_ids"))
+    keep = given.get("logits_to_keep")
+    extra = {k: v for k, v in given.items() if k not in _OWN}
+    return Call(inputs, ids is None, layout, given.get("labels"), 0 if keep is None else keep, extra)
+
+
+def _check_mode(lm: nn.Module, cache: CompressedCache) -> None:
+    if lm.training and torch.is_grad_enabled():
+        raise ValueError("a compressed cache is not differentiable: pass use_cache=False to train, or model.eval()")
+    if "loss" in cache.config.options.needs and torch.is_inference_mode_enabled():
+        raise ValueError("curvature='loss' needs autograd, which torch.inference_mode forbids; use torch.no_grad")
+
+
+def _new_columns(mask: Tensor | None, past: int, batch: int, columns: int) -> Tensor | None:
+    """The new columns' part of an attention mask that covers all columns seen."""
+    if mask is None:
+        return None
+    if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] != past + columns:
+        raise ValueError(
+            f"attention_mask must be 2D, [{batch}, {past + columns}] (columns seen before, {past}, and new, {columns}); "
+            f"found {tuple(mask.shape)}"
+        )
+    return mask[:, past:].bool()
+
+
+def _check_positions(cache: CompressedCache, layout: Layout, position_ids: Tensor | None) -> None:
+    """Refuses positions that are not those of a row's own tokens: rows would be cached at wrong places."""
+    if position_ids is None:
+        return
+    ids = position_ids.cpu().expand(len(layout.counts), -1)
+    valid = layout.valid
+    seen = torch.tensor(cache.layers[0].tokens or [0] * len(layout.counts))[:, None]
+    own = seen + valid.long().cumsum(1) - 1
+    column = cache.get_seq_length() + torch.arange(layout.columns).expand_as(own)
+    if ids.shape != own.shape or not ((ids == own)[valid].all() or (ids == column)[valid].all()):
+        raise ValueError(
+            "position_ids must count each row's own tokens, or its columns; other positions (packed sequences, "
+            f"offsets) cannot run on a compressed cache; found {ids.tolist() if ids.numel() < 20 else ids.shape}"
+        )
+
+
+def _decode_all(
+    adapter: FamilyAdapter, lm: nn.Module, cache: CompressedCache, call: Call
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """Runs all chunks; hidden states of the kept columns, and all layers' states if asked for."""
+    layout = call.layout
+    keep = call.logits_to_keep
+    first = 0 if isinstance(keep, Tensor) or not keep else max(layout.columns - keep, 0)
+    prompt = cache.start_call(layout.counts)
+    device = call.inputs.device
+    seen = torch.tensor(cache.layers[0].tokens or [0] * len(layout.counts), device=device)[:, None]
+    positions = seen + torch.arange(max(layout.counts), device=device)
+    tables = cache.rope.tables(positions, lm.dtype) if positions.numel() else (positions, positions)
+    hidden, states, compacted = None, None, False
+    for begin, end in _chunks(max(layout.counts), cache.config.chunk):
+        counts = [min(max(n - begin, 0), end - begin) for n in layout.counts]
+        cut = (positions[:, begin:end], *(x[:, begin:end] for x in tables))
+        step = Step(counts, cut[0], cut[1:], cache.chunk_budget(counts, prompt), prompt=any(prompt))
+        out = _run_chunk(adapter, lm, cache, call, step, begin, end)
+        compacted |= step.compacted
+        cache.compactions += step.compacted
+        if hidden is None:
+            hidden = out.last_hidden_state.new_zeros(len(counts), layout.columns - first, out[0].shape[-1])
+        layout.put(hidden, out.last_hidden_state, begin, first)
+        if call.extra.get("output_hidden_states"):
+            states = _collect_states(states, out.hidden_states, layout, begin)
+    cache.end_call(layout.valid, compacted)
+    if hidden is None:
+        hidden = torch.zeros(len(layout.counts), layout.columns - first, lm.config.hidden_size, dtype=lm.dtype)
+        hidden = hidden.to(device)
+    return (hidden[:, keep] if isinstance(keep, Tensor) else hidden), states
+
+
+def _chunks(total: int, size: int | None) -> Iterator[tuple[int, int]]:
+    size = size or max(total, 1)
+    for begin in range(0, total, size):
+        yield begin, min(begin + size, total)
+
+
+def _collect_states(
+    states: tuple[Tensor, ...] | None, new: tuple[Tensor, ...], layout: Layout, begin: int
+) -> tuple[Tensor, ...]:
+    if states is None:
+        states = tuple(x.new_zeros(x.shape[0], layout.columns, x.shape[2]) for x in new)
+    for out, x in zip(states, new, strict=True):
+        layout.put(out, x, begin, 0)
+    return states
+
+
+def _run_chunk(
+    adapter: FamilyAdapter, lm: nn.Module, cache: CompressedCache, call: Call, step: Step, begin: int, end: int
+) -> Any:
+    """One chunk through the decoder, with the extra passes that the method needs."""
+    needs = cache.config.options.needs
+
+    def forward(this: Step) -> Any:
+        cache.step = this
+        inputs = call.layout.take(call.inputs, begin, end)
+        return adapter.decoder(lm)(
+            **({"inputs_embeds": inputs} if call.embedded else {"input_ids": inputs}),
+            # A 4D mask is handed through as it is: no [t, T] mask is built, and our attention needs none.
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.device),
+            position_ids=this.positions,
+            past_key_values=cache,
+            use_cache=True,
+            **call.extra,
+        )
+
+    if not step.prompt or not needs & {"loss", "replay"}:
+        return forward(step)
+    if call.embedded:
+        raise ValueError("curvature='loss' needs token ids to predict; found inputs_embeds")
+    ids = call.layout.take(call.inputs, begin, min(end + 1, max(call.layout.counts)))
+    following = [max(n - begin, 0) for n in call.layout.counts]
+    with frozen(lm):
+        if "replay" in needs:
+            return curvature.replay_chunk(adapter, lm, cache, step, forward, ids)
+        return curvature.loss_chunk(adapter, lm, cache, step, forward, ids, following)
+
+
+@contextmanager
+def frozen(lm: nn.Module) -> Iterator[None]:
+    """Weights without requires_grad, so that a backward pass keeps no activation for their sake; undone on leaving."""
+    trainable = [p for p in lm.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)

@@ -1,0 +1,75 @@
+"""Rotary position embedding: tables for new tokens, and moving stored rows from one position to another.
+
+Rotation convention of Llama, Mistral and Qwen2 (RoFormer, arXiv 2104.09864, "half" layout): dimension ``d`` turns
+together with ``d + D/2`` by the angle ``position * inv_freq[d]``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# Types whose inverse frequencies follow the longest sequence seen: HF computes them for a whole batch at once.
+LENGTH_DEPENDENT_TYPES = frozenset({"dynamic", "longrope"})
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """Maps ``(a, b)``, the two halves of the last dimension, to ``(-b, a)``."""
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates ``x [..., D]`` by tables that broadcast against it."""
+    return x * cos + rotate_half(x) * sin
+
+
+class Rope:
+    """The rotary embedding of one model.
+
+    Args:
+        rotary: the model's own rotary module (``inv_freq``, ``forward(x, position_ids) -> cos, sin``), so that every
+            scaling type of transformers (default, linear, dynamic, yarn, llama3) gives the model's own numbers.
+    """
+
+    def __init__(self, rotary: nn.Module) -> None:
+        self.rotary = rotary
+        self.rope_type: str = getattr(rotary, "rope_type", "default")
+
+    def tables(self, positions: Tensor, dtype: torch.dtype, *, per_row: bool = True) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, attention scaling included.
+
+        Args:
+            positions: ``[M, t]`` integer positions.
+            dtype: dtype of the tables.
+            per_row: frequencies that depend on the length follow each row's own length, not the batch's longest, so
+                that a row's result does not depend on what it is batched with.
+
+        Returns:
+            ``cos, sin``, each ``[M, t, D]`` on the device of ``positions``.
+        """
+        device = self.rotary.inv_freq.device
+        like = torch.empty(0, dtype=dtype, device=device)
+        ids = positions.to(device)
+        if per_row and self.rope_type in LENGTH_DEPENDENT_TYPES and ids.shape[0] > 1:
+            parts = [self.rotary(like, row[None]) for row in ids]
+            cos, sin = (torch.cat(tables) for tables in zip(*parts, strict=True))
+        else:
+            cos, sin = self.rotary(like, ids)
+        return cos.to(positions.device), sin.to(positions.device)
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotates rows forward by ``positions`` (negative: back), without attention scaling.
+
+        Args:
+            x: ``[..., D]`` rows; computed in fp32, or fp64 for fp64 rows.
+            positions: ``[...]`` integer distances.
+
+        Returns:
+            The rotated rows in the dtype of the computation.
+        """
+        compute = torch.promote_types(x.dtype, torch.float32)
+        # The angle is formed in fp32, as transformers does, so that turning back undoes exactly what the model did.
+        angle = positions[..., None].float() * self.rotary.inv_freq.to(x.device, torch.float32)
+        angle = torch.cat((angle, angle), dim=-1).to(compute)
+        return apply_rope(x.to(compute), angle.cos(), angle.sin())

@@ -1,0 +1,93 @@
+"""A layer's rows as methods see them: dense tensors, one padded table for all heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from asymkv.rope import Rope
+
+
+@dataclass
+class RowView:
+    """Rows of one layer at a compaction. Legend: B batch, H query heads, H_kv KV heads, T widest head, D head size.
+
+    Rows of a head lie by ascending position; entries beyond ``lengths`` are absent (``valid`` False). A method that
+    changes kept rows (CaM's values, upstream AsymKV) edits these tensors; the executor reads them.
+
+    Args:
+        keys: ``[B, H_kv, T, D]``, rotated to ``rotary_positions``.
+        values: ``[B, H_kv, T, D]``, means of the members.
+        cardinality: ``[B, H_kv, T]`` int32.
+        positions: ``[B, H_kv, T]`` int32, own-token position of the last member.
+        rotary_positions: ``[B, H_kv, T]`` int64, position a key is rotated to.
+        valid: ``[B, H_kv, T]`` bool.
+        lengths: ``[B, H_kv]`` int64, rows now.
+        budget: ``[B, H_kv]`` int64, rows to keep.
+        tokens: ``[B]`` int64, own tokens seen, the newest included.
+        prompt: whether this follows a prefill chunk (else decode).
+        queries: ``[B, H, Q, D]``, rotated, if the method needs them.
+        query_positions: ``[B, Q]`` int64, -1 where absent.
+        statistics: per-row columns that ride along, ``[B, H_kv, T, ...]``.
+        evidence: what is known for this compaction only, ``[B, H_kv, T, ...]``; gone afterwards.
+        scale: factor of the logits.
+        rope: the model's rotary embedding.
+    """
+
+    keys: Tensor
+    values: Tensor
+    cardinality: Tensor
+    positions: Tensor
+    rotary_positions: Tensor
+    valid: Tensor
+    lengths: Tensor
+    budget: Tensor
+    tokens: Tensor
+    prompt: bool
+    scale: float
+    rope: Rope
+    queries: Tensor | None = None
+    query_positions: Tensor | None = None
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    evidence: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def excess(self) -> Tensor:
+        """``[B, H_kv]``: rows that a head must lose."""
+        return (self.lengths - self.budget).clamp(min=0)
+
+    def protected(self, sink_size: int, window_size: int) -> Tensor:
+        """``[B, H_kv, T]`` bool: sinks and the recent window, by position, and absent rows."""
+        newest = (self.tokens - window_size)[:, None, None]
+        return (self.positions < sink_size) | (self.positions >= newest) | ~self.valid
+
+    def bias(self) -> Tensor:
+        """``[B, H_kv, T]``: log n of a row, -inf where absent, in the dtype of the arithmetic."""
+        dtype = torch.promote_types(self.keys.dtype, torch.float32)
+        return torch.where(self.valid, self.cardinality.to(dtype).log(), -torch.inf)
+
+    def unrotate(self, rows: Tensor) -> Tensor:
+        """``[B, H_kv, T, D]`` in pre-RoPE coordinates of each row."""
+        return self.rope.rotate(rows, -self.rotary_positions)
+
+
+def lowest(score: Tensor, count: Tensor, allowed: Tensor) -> Tensor:
+    """Marks the ``count`` lowest scores among the allowed entries of each head.
+
+    Args:
+        score: ``[B, H_kv, T]``.
+        count: ``[B, H_kv]`` how many to take.
+        allowed: ``[B, H_kv, T]`` bool.
+
+    Returns:
+        ``[B, H_kv, T]`` bool. Ties go to the lower position, so that results are reproducible.
+    """
+    order = torch.where(allowed, score.nan_to_num(nan=torch.inf), torch.inf)
+    # Not allowed entries sort behind allowed ones, also where an allowed score is infinite.
+    by_score = order.argsort(dim=-1, stable=True)
+    by_score = by_score.gather(-1, (~allowed).gather(-1, by_score).to(torch.uint8).argsort(dim=-1, stable=True))
+    rank = torch.empty_like(by_score)
+    rank.scatter_(-1, by_score, torch.arange(score.shape[-1], device=score.device).expand_as(by_score))
+    return (rank < count[..., None]) & allowed
