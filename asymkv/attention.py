@@ -55,14 +55,16 @@ def attend(cache: CompressedCache, layer: CompressedLayer, q: Tensor, k: Tensor,
     layer.append_packed(k, v, positions, step.counts)
     cache.measure(layer)
     several = positions.shape[1] > 1
-    out, _ = ragged_attention(
+    out, lse = ragged_attention(
         q, layer, query_positions=positions if several else None, scale=scale, backend=cache.backend
     )
-    observe(cache, layer, step, q, scale)
+    observe(cache, layer, step, q, lse, scale)
     return out
 
 
-def observe(cache: CompressedCache, layer: CompressedLayer, step: Step, q: Tensor, scale: float) -> None:
+def observe(
+    cache: CompressedCache, layer: CompressedLayer, step: Step, q: Tensor, lse: Tensor, scale: float
+) -> None:
     """Collects what the method needs from the chunk's queries, and compacts the layer if that is due."""
     needs = cache.config.options.needs
     if not needs & {"queries", "attention"} and not layer.exceeds(step.budget):
@@ -71,8 +73,8 @@ def observe(cache: CompressedCache, layer: CompressedLayer, step: Step, q: Tenso
     if step.prompt:
         if "attention" in needs:
             _flush(cache, layer, scale)
-            layer.accumulate_mass(_with_queries(layer.view(cache.rope, scale), q, present))
-        compact_due(cache, layer, step, q, present, scale)
+            layer.accumulate_mass(_with_queries(layer.view(cache.rope, scale), q, present, lse))
+        compact_due(cache, layer, step, q, present, scale, lse)
         return
     if "attention" in needs or cache.config.decode_interval:
         layer.remember(q, present)
@@ -85,12 +87,18 @@ def observe(cache: CompressedCache, layer: CompressedLayer, step: Step, q: Tenso
 
 
 def compact_due(
-    cache: CompressedCache, layer: CompressedLayer, step: Step, q: Tensor, positions: Tensor, scale: float
+    cache: CompressedCache,
+    layer: CompressedLayer,
+    step: Step,
+    q: Tensor,
+    positions: Tensor,
+    scale: float,
+    lse: Tensor | None = None,
 ) -> None:
     """Compacts the layer for the rows of the batch that have a budget in this step, if a head exceeds it."""
     if not layer.exceeds(step.budget):
         return
-    view = _with_queries(layer.view(cache.rope, scale, prompt=step.prompt), q, positions)
+    view = _with_queries(layer.view(cache.rope, scale, prompt=step.prompt), q, positions, lse)
     layer.compact(cache.config.options, view, step.budget)
     cache.measure(layer)
     step.compacted = True
@@ -138,9 +146,9 @@ def _taped(
         past_rotary, past_length = past.rotary_positions, list(layer.storage.length)
         rows = _concatenate(past, new)
     bias = row_bias(rows.bias().flatten(0, 1), None, rows.positions, positions, k.shape[1])
-    out, _ = BACKENDS[cache.backend](q, rows.keys, rows.values, bias, scale)
+    out, lse = BACKENDS[cache.backend](q, rows.keys, rows.values, bias, scale)
     rows.keys, rows.values = rows.keys.detach(), rows.values.detach()
-    rows = _with_queries(rows, q.detach(), torch.where(present, positions, -1))
+    rows = _with_queries(rows, q.detach(), torch.where(present, positions, -1), lse.detach())
     step.tape[layer.index] = TapeEntry(past_keys, k, past_length, past_rotary, rotary, rows)
     if step.store:
         with torch.no_grad():
@@ -159,8 +167,8 @@ def _concatenate(past: RowView, new: RowView) -> RowView:
     )  # fmt: skip
 
 
-def _with_queries(view: RowView, queries: Tensor, positions: Tensor) -> RowView:
-    view.queries, view.query_positions = queries, positions
+def _with_queries(view: RowView, queries: Tensor, positions: Tensor, lse: Tensor | None = None) -> RowView:
+    view.queries, view.query_positions, view.query_lse = queries, positions, lse
     return view
 
 

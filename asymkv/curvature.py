@@ -37,7 +37,8 @@ def loss_chunk(
         ids: ``[B, t or t + 1]`` the chunk's tokens and, where there is one, the token after it.
         following: tokens of each row from the chunk's first on.
     """
-    if not any(layer.exceeds(step.budget, step.counts) for layer in cache.layers):
+    due = [any(flags) for flags in zip(*(x.exceeding(step.budget, step.counts) for x in cache.layers), strict=True)]
+    if not any(due):
         return forward(step)
     step.tape = {}
     with torch.enable_grad():
@@ -46,9 +47,10 @@ def loss_chunk(
     gradients = _key_gradients(loss, step.tape)
     for layer in cache.layers:
         entry = step.tape.pop(layer.index)
-        _store_fisher(cache, layer, entry, gradients[layer.index], step)
-        queries = (entry.view.queries, entry.view.query_positions)
-        compact_due(cache, layer, step, *queries, entry.view.scale)
+        _store_fisher(cache, layer, entry, gradients[layer.index], step, due)
+        seen = entry.view
+        assert seen.queries is not None and seen.query_positions is not None
+        compact_due(cache, layer, step, seen.queries, seen.query_positions, seen.scale, seen.query_lse)
         if not cache.config.decode_interval:
             layer.storage.drop_column(FISHER)
             cache.measure(layer)
@@ -125,9 +127,12 @@ def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _store_fisher(
-    cache: CompressedCache, layer: CompressedLayer, entry: TapeEntry, gradients: tuple, step: Step
+    cache: CompressedCache, layer: CompressedLayer, entry: TapeEntry, gradients: tuple, step: Step, due: list[bool]
 ) -> None:
-    """Writes squared gradients, in pre-RoPE coordinates, to the ``fisher`` column of past and new rows."""
+    """Writes squared gradients, in pre-RoPE coordinates, to the ``fisher`` column of past and new rows.
+
+    Only for the rows of the batch that are compacted now: what a row stores must not depend on its batch.
+    """
     storage = layer.storage
     dim, dtype = entry.new_keys.shape[-1], statistic_dtype(entry.new_keys.dtype)
     storage.add_column(FISHER, (dim,), dtype)
@@ -135,10 +140,11 @@ def _store_fisher(
     start = storage.table("start")[:, None]
     past, new = gradients
     before = torch.tensor(entry.past_length or [0] * storage.heads, device=storage.device)[:, None]
-    counts = torch.tensor(step.counts, device=storage.device).repeat_interleave(layer.kv_heads)[:, None]
+    kept = torch.tensor([c * d for c, d in zip(step.counts, due, strict=True)], device=storage.device)
+    counts = kept.repeat_interleave(layer.kv_heads)[:, None]
     parts = [(new, entry.new_rotary, before, counts)]
     if past is not None:
-        parts.append((past, entry.past_rotary, torch.zeros_like(before), before))
+        parts.append((past, entry.past_rotary, torch.zeros_like(before), before * (counts > 0)))
     for gradient, rotary, offset, rows in parts:
         square = cache.rope.rotate(gradient.float() if dtype != torch.float64 else gradient, -rotary).square()
         index = torch.arange(square.shape[2], device=storage.device)

@@ -170,15 +170,19 @@ class CompressedLayer(LayerBase):
             statistics={n: self.dense(n) for n in self.storage.columns if n not in fixed},
         )
 
-    def exceeds(self, budget: list[int | None], new: list[int] | None = None) -> bool:
-        """Whether some head holds more rows than its row's budget (None = no limit), ``new`` tokens added."""
+    def exceeding(self, budget: list[int | None], new: list[int] | None = None) -> list[bool]:
+        """Per row of the batch: whether a head holds more than its budget (None = no limit), ``new`` tokens added."""
         added = new or [0] * len(budget)
         heads = self.kv_heads if self.is_initialized else 1
-        for row, limit in enumerate(budget):
-            held = max(self.storage.length[row * heads : (row + 1) * heads]) if self.is_initialized else 0
-            if limit is not None and held + added[row] > limit:
-                return True
-        return False
+        held = self.storage.length if self.is_initialized else [0] * len(budget)
+        return [
+            limit is not None and max(held[row * heads : (row + 1) * heads]) + added[row] > limit
+            for row, limit in enumerate(budget)
+        ]
+
+    def exceeds(self, budget: list[int | None]) -> bool:
+        """Whether some head of some row holds more than its budget."""
+        return any(self.exceeding(budget))
 
     def compact(self, method: Method, view: RowView, budget: list[int | None]) -> None:
         """Brings every head of the rows that have a budget down to it, as the method decides."""

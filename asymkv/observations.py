@@ -7,6 +7,7 @@ mean value, ``u = p (v - o)`` the derivative of the output with respect to ``s``
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from asymkv.view import RowView
 
-BLOCK_ELEMENTS = 1 << 23  # logits in memory at a time: 32 MiB in fp32
+BLOCK_ELEMENTS = 1 << 19  # logits in memory at a time: 2 MiB in fp32, the size of a core's cache
 QUERY_WINDOW = 32  # queries remembered in decode
 
 
@@ -56,44 +57,85 @@ class QueryRing:
 
 
 class QueryBlocks:
-    """Probabilities of all queries over all rows, a block of queries at a time."""
+    """Probabilities of all queries over all rows, a block of queries at a time; legend M = G * Q of a block."""
 
     def __init__(self, view: RowView) -> None:
         if view.queries is None or view.query_positions is None:
             raise ValueError("these rows carry no queries: the method must list 'queries' in its needs")
         self.view = view
-        self.bias = view.bias()
-        self.dtype = self.bias.dtype
-        self.keys = view.keys.to(self.dtype)
-        batch, self.kv_heads, rows, _ = view.keys.shape
+        self.dtype = torch.promote_types(view.keys.dtype, torch.float32)
+        batch, self.kv_heads, rows, dim = view.keys.shape
+        self.heads = batch * self.kv_heads
+        self.keys = view.keys.reshape(self.heads, rows, dim).to(self.dtype)
+        self.n = torch.where(view.valid, view.cardinality, 0).reshape(self.heads, 1, rows).to(self.dtype)
+        self.absent = None if bool(view.valid.all()) else ~view.valid.reshape(self.heads, 1, rows)
+        self.positions = view.positions.reshape(self.heads, rows)
         per_query = batch * view.queries.shape[1] * rows
         self.size = max(1, min(view.queries.shape[2], BLOCK_ELEMENTS // max(per_query, 1)))
 
     def __iter__(self) -> Iterator[QueryBlock]:
-        queries, positions = self.view.queries, self.view.query_positions
+        queries, positions, lse = self.view.queries, self.view.query_positions, self.view.query_lse
         assert queries is not None and positions is not None
         batch, heads, total, dim = queries.shape
-        grouped = queries.view(batch, self.kv_heads, heads // self.kv_heads, total, dim)
+        group = heads // self.kv_heads
         for begin in range(0, total, self.size):
-            q = grouped[:, :, :, begin : begin + self.size].to(self.dtype)
-            yield self._block(q, positions[:, begin : begin + self.size])
+            end = min(begin + self.size, total)
+            q = queries[:, :, begin:end].reshape(self.heads, group * (end - begin), dim).to(self.dtype)
+            at = positions[:, None, None, begin:end].expand(batch, self.kv_heads, group, -1).reshape(self.heads, -1)
+            known = None if lse is None else lse[:, :, begin:end].reshape(self.heads, -1).to(self.dtype)
+            yield self._block(q, at, known)
 
-    def _block(self, q: Tensor, positions: Tensor) -> QueryBlock:
-        logits = torch.einsum("bhgqd,bhtd->bhgqt", q, self.keys) * self.view.scale
-        later = self.view.positions[:, :, None] > positions[:, None, :, None]  # [B, H_kv, Q, T]
-        bias = torch.where(later, -torch.inf, self.bias[:, :, None])[:, :, None]
-        # A query that is absent, or sees nothing, has no probabilities: 0, not NaN.
-        probs = torch.softmax(logits + bias, dim=-1).nan_to_num(nan=0.0)
-        return QueryBlock(q, logits, probs)
+    def _block(self, q: Tensor, at: Tensor, lse: Tensor | None) -> QueryBlock:
+        logits = torch.bmm(q * self.view.scale, self.keys.transpose(1, 2))
+        seen = at.masked_fill(at < 0, torch.iinfo(torch.int64).max).amin()
+        # Rows lie by ascending position: all before this column are seen by every query of the block.
+        first = int((self.positions <= seen).sum(1).amin()) if self.absent is None else 0
+        weights = logits.clone()
+        tail = weights[..., first:]
+        later = self.positions[:, None, first:] > at[..., None]
+        tail.masked_fill_(later if self.absent is None else later | self.absent[..., first:], -torch.inf)
+        if lse is None:
+            lse = (weights + self.n.log()).logsumexp(-1)
+        # A query that is absent, or sees nothing, has no probabilities: exp(-inf), not NaN.
+        lse = torch.where((at < 0) | torch.isneginf(lse), torch.inf, lse)
+        return QueryBlock(q, logits, weights.sub_(lse[..., None]).exp_(), self.n)
 
 
 @dataclass
 class QueryBlock:
-    """``queries [B, H_kv, G, Q, D]``, ``logits`` (scaled, without log n) and ``probs``, ``[B, H_kv, G, Q, T]``."""
+    """A block of queries, heads flattened.
+
+    ``queries [B * H_kv, M, D]``; ``logits [B * H_kv, M, T]`` scaled, without log n; ``per_token`` the same shape, the
+    probability of one token of each row; ``n [B * H_kv, 1, T]``, 0 where absent.
+    """
 
     queries: Tensor
     logits: Tensor
-    probs: Tensor
+    per_token: Tensor
+    n: Tensor
+
+    @property
+    def probs(self) -> Tensor:
+        """Probabilities of rows, cardinality included; overwrites ``per_token``."""
+        return self.per_token.mul_(self.n)
+
+
+def sampled(view: RowView, most: int | None) -> RowView:
+    """The view with at most ``most`` queries per row of the batch, evenly spaced over its own; None = all."""
+    queries, positions = view.queries, view.query_positions
+    if most is None or queries is None or positions is None or queries.shape[2] <= most:
+        return view
+    count = (positions >= 0).sum(1, keepdim=True)
+    slot = torch.arange(most, device=positions.device)
+    # Own counts decide, so that the choice does not depend on what a row is batched with.
+    index = torch.where(count > most, slot * count // most, slot)
+    wide = index[:, None].expand(-1, queries.shape[1], -1)
+    return dataclasses.replace(
+        view,
+        queries=queries.gather(2, wide[..., None].expand(-1, -1, -1, queries.shape[3])),
+        query_positions=positions.gather(1, index),
+        query_lse=None if view.query_lse is None else view.query_lse.gather(2, wide),
+    )
 
 
 def attention_mass(view: RowView, *, per_query_head: bool = False) -> Tensor:
@@ -102,12 +144,20 @@ def attention_mass(view: RowView, *, per_query_head: bool = False) -> Tensor:
     Returns:
         ``[B, H_kv, T]`` summed over the query heads of a group; ``[B, H_kv, G, T]`` with ``per_query_head``.
     """
+    batch, kv_heads, rows = view.valid.shape
     total: Tensor | None = None
     for block in QueryBlocks(view):
-        mass = block.probs.sum(3)
+        per_token = block.per_token
+        if per_query_head:
+            assert view.queries is not None
+            per_token = per_token.view(batch * kv_heads, view.queries.shape[1] // kv_heads, -1, rows)
+        mass = per_token.sum(-2)
         total = mass if total is None else total + mass
     assert total is not None
-    return total if per_query_head else total.sum(2)
+    n = torch.where(view.valid, view.cardinality, 0).to(total.dtype)
+    if per_query_head:
+        return total.view(batch, kv_heads, -1, rows) * n[:, :, None]
+    return total.view(batch, kv_heads, rows) * n
 
 
 def exposure(view: RowView) -> Tensor:
@@ -129,16 +179,17 @@ def key_curvature(view: RowView) -> Tensor:
     Returns:
         ``[B, H_kv, T, D]``.
     """
-    dim = view.keys.shape[-1]
-    half = dim // 2
-    values = view.values.to(torch.promote_types(view.values.dtype, torch.float32))
-    square, product = 0.0, 0.0
+    half = view.keys.shape[-1] // 2
+    values = _values(view)
+    square: Tensor | float = 0.0
+    product: Tensor | float = 0.0
     for block in QueryBlocks(view):
-        energy = _output_energy(block.probs, values)
-        weight = energy.flatten(2, 3).transpose(-1, -2)  # [B, H_kv, T, G * Q]
-        q = block.queries.flatten(2, 3)
-        square = square + weight @ q.square()
-        product = product + weight @ (q[..., :half] * q[..., half:])
+        energy = _output_energy(block.probs, values)[0].transpose(1, 2)  # [B * H_kv, T, M]
+        q = block.queries
+        square = square + energy @ q.square()
+        product = product + energy @ (q[..., :half] * q[..., half:])
+    assert isinstance(square, Tensor) and isinstance(product, Tensor)
+    square, product = (x.view(*view.valid.shape, -1) for x in (square, product))
     # Turning back by angle a: (q_d cos a + q_d' sin a)^2 and (q_d' cos a - q_d sin a)^2, expanded.
     unit = torch.zeros_like(view.keys, dtype=values.dtype)
     unit[..., :half] = 1
@@ -150,12 +201,18 @@ def key_curvature(view: RowView) -> Tensor:
     return torch.cat((low, high), dim=-1).clamp(min=0) * view.scale**2
 
 
-def _output_energy(probs: Tensor, values: Tensor) -> Tensor:
-    """``|u|^2 = p^2 |v - o|^2`` of each query and row, ``[B, H_kv, G, Q, T]``."""
-    out = torch.einsum("bhgqt,bhtd->bhgqd", probs, values)
-    cross = torch.einsum("bhgqd,bhtd->bhgqt", out, values)
-    norm = values.square().sum(-1)[:, :, None, None]
-    return probs.square() * (norm - 2 * cross + out.square().sum(-1, keepdim=True)).clamp(min=0)
+def _values(view: RowView) -> Tensor:
+    """``[B * H_kv, T, D]`` in the dtype of the arithmetic."""
+    return view.values.flatten(0, 1).to(torch.promote_types(view.values.dtype, torch.float32))
+
+
+def _output_energy(probs: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``|u|^2 = p^2 |v - o|^2`` of each query and row ``[B * H_kv, M, T]``; ``v.o``; and ``|o|^2 [B * H_kv, M, 1]``."""
+    out = probs @ values
+    cross = out @ values.transpose(1, 2)
+    square = out.square().sum(-1, keepdim=True)
+    distance = torch.add(values.square().sum(-1)[:, None] + square, cross, alpha=-2).clamp_(min=0)
+    return distance.mul_(probs).mul_(probs), cross, square
 
 
 @dataclass
@@ -184,19 +241,16 @@ class PairCost:
 
 def pair_cost(view: RowView) -> PairCost:
     """Cost of merging each row with its successor, summed over queries and the heads of a group."""
-    values = view.values.to(torch.promote_types(view.values.dtype, torch.float32))
-    norm = values.square().sum(-1)[:, :, None, None]
-    inner = (values[:, :, 1:] * values[:, :, :-1]).sum(-1)[:, :, None, None]
-    a = b = c = 0.0
+    values = _values(view)
+    inner = (values[:, 1:] * values[:, :-1]).sum(-1)[:, None]
+    sums: list[Tensor] = []
     for block in QueryBlocks(view):
-        p, s = block.probs, block.logits
-        out = torch.einsum("bhgqt,bhtd->bhgqd", p, values)
-        cross = torch.einsum("bhgqd,bhtd->bhgqt", out, values)
-        square = out.square().sum(-1, keepdim=True)
-        energy = p.square() * (norm - 2 * cross + square).clamp(min=0)
-        distance = (s[..., 1:] - s[..., :-1]).square()
-        mixed = p[..., :-1] * p[..., 1:] * (inner - cross[..., :-1] - cross[..., 1:] + square)
-        a = a + (distance * energy[..., :-1]).sum((2, 3))
-        c = c + (distance * energy[..., 1:]).sum((2, 3))
-        b = b + (distance * mixed).sum((2, 3))
+        p = block.probs
+        energy, cross, square = _output_energy(p, values)
+        distance = (block.logits[..., 1:] - block.logits[..., :-1]).square_()
+        mixed = (inner + square).sub_(cross[..., :-1]).sub_(cross[..., 1:]).mul_(p[..., :-1]).mul_(p[..., 1:])
+        found = [(distance * x).sum(1) for x in (energy[..., :-1], mixed, energy[..., 1:])]
+        sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
+    shape = (*view.valid.shape[:2], -1)
+    a, b, c = (x.view(shape) for x in sums)
     return PairCost(a, b, c)

@@ -254,6 +254,7 @@ def _check_classes(adapter: FamilyAdapter) -> None:
     if any(hasattr(vars(cls).get("forward"), _MARK) for cls in classes):
         raise ValueError(f"{adapter.model_type} is patched already; restore() the first patch")
     # A hook has captured the unpatched forward: such a model would silently run on the full cache.
+    gc.collect()
     hooked = [o for o in gc.get_objects() if type(o) in classes and "_old_forward" in vars(o)]
     if hooked:
         raise ValueError(

@@ -164,7 +164,9 @@ def _decode_all(
     device = call.inputs.device
     seen = torch.tensor(cache.layers[0].tokens or [0] * len(layout.counts), device=device)[:, None]
     positions = seen + torch.arange(max(layout.counts), device=device)
-    tables = cache.rope.tables(positions, lm.dtype) if positions.numel() else (positions, positions)
+    # Clamped to each row's last token: frequencies that follow the length must not follow the batch's padding.
+    own = positions.minimum(seen + torch.tensor(layout.counts, device=device)[:, None] - 1).clamp(min=0)
+    tables = cache.rope.tables(own, lm.dtype) if positions.numel() else (positions, positions)
     hidden, states, compacted = None, None, False
     for begin, end in _chunks(max(layout.counts), cache.config.chunk):
         counts = [min(max(n - begin, 0), end - begin) for n in layout.counts]

@@ -51,12 +51,19 @@ class Rope:
         device = self.rotary.inv_freq.device
         like = torch.empty(0, dtype=dtype, device=device)
         ids = positions.to(device)
-        if per_row and self.rope_type in LENGTH_DEPENDENT_TYPES and ids.shape[0] > 1:
-            parts = [self.rotary(like, row[None]) for row in ids]
+        if per_row and self.rope_type in LENGTH_DEPENDENT_TYPES:
+            parts = [self._fresh(like, row[None]) for row in ids]
             cos, sin = (torch.cat(tables) for tables in zip(*parts, strict=True))
         else:
             cos, sin = self.rotary(like, ids)
         return cos.to(positions.device), sin.to(positions.device)
+
+    def _fresh(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables of a module that has seen nothing longer: transformers keeps the longest length of all calls."""
+        if hasattr(self.rotary, "original_inv_freq"):
+            self.rotary.register_buffer("inv_freq", self.rotary.original_inv_freq, persistent=False)
+            self.rotary.max_seq_len_cached = self.rotary.original_max_seq_len
+        return self.rotary(like, positions)
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotates rows forward by ``positions`` (negative: back), without attention scaling.

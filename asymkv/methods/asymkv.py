@@ -12,7 +12,7 @@ from torch import Tensor
 from asymkv.methods import upstream
 from asymkv.methods.base import Method
 from asymkv.methods.upstream import upstream_compact
-from asymkv.observations import PairCost, attention_mass, exposure, key_curvature, pair_cost
+from asymkv.observations import PairCost, attention_mass, exposure, key_curvature, pair_cost, sampled
 from asymkv.plan import CompactionPlan, contract_pairs, keep_rows
 from asymkv.view import RowView, lowest
 
@@ -46,6 +46,8 @@ class AsymKV(Method):
             released code does.
         cardinality_factor: multiply it by the tokens that the pair stands for, as the released code does.
         mean_attention: divide a row's attention by the number of queries that could see it.
+        max_queries: queries of a chunk, evenly spaced over it, that attention, curvature and output error are
+            measured with; None = all.
         upstream_compat: reproduce the released code: one pair set for all heads, overlapping pairs that drop rows,
             cardinality cap 5, chunk-local loss, two forwards per chunk, no compaction in decode. Its sinks (32),
             budget (2080), and positions from cumulative cardinality become the defaults.
@@ -59,6 +61,7 @@ class AsymKV(Method):
     position_factor: bool = False
     cardinality_factor: bool = False
     mean_attention: bool = True
+    max_queries: int | None = 128
     upstream_compat: bool = False
 
     @property
@@ -85,6 +88,8 @@ class AsymKV(Method):
         for name in ("position_factor", "cardinality_factor", "mean_attention", "upstream_compat"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False; found {getattr(self, name)!r}")
+        if self.max_queries is not None and (not isinstance(self.max_queries, int) or self.max_queries < 1):
+            raise ValueError(f"max_queries must be None or an integer >= 1; found {self.max_queries!r}")
         if self.upstream_compat and config.decode_interval:
             raise ValueError("upstream_compat=True never compacts in decode; decode_interval must be 0, "
                              f"found {config.decode_interval}")
@@ -101,6 +106,7 @@ class AsymKV(Method):
         """Contracts the cheapest adjacent pairs."""
         if self.upstream_compat:
             return upstream.plan(view, self.sink_size)
+        view = sampled(view, self.max_queries)
         pairs, cost = self.pairs(view)
         destination = contract_pairs(pairs)
         return CompactionPlan(destination, self.key_weight(view, pairs, destination, cost))
@@ -168,6 +174,7 @@ class AsymKVEvict(AsymKV):
 
     def plan(self, view: RowView) -> CompactionPlan:
         """Keeps the most attended row of each run."""
+        view = sampled(view, self.max_queries)
         group = contract_pairs(self.pairs(view)[0])
         mass = attention_mass(view) / exposure(view)
         best = torch.zeros_like(mass).scatter_reduce_(-1, group, mass, "amax", include_self=False)

@@ -1,0 +1,148 @@
+"""With room for every row, a patched model is the stock model; with compression, batching changes nothing."""
+
+import pytest
+import torch
+from tiny_models import FAMILIES, assert_close, assert_same_rows, left_padded, prompt, tiny_model
+
+import asymkv
+from asymkv.methods import METHODS
+
+# Variants of a method whose contracts are checked beside its defaults.
+VARIANTS = {
+    **{name: {"method": name} for name in METHODS},
+    "asymkv-loss": {"method": "asymkv", "curvature": "loss"},
+    "asymkv-cardinality": {"method": "asymkv", "curvature": "cardinality"},
+    "asymkv-error": {"method": "asymkv", "key_weights": "output_error", "pair_rule": "output_error"},
+    "asymkv-upstream": {"method": "asymkv", "upstream_compat": True, "sink_size": 4},
+    "streaming-original": {"method": "streaming_llm", "position_policy": "original"},
+    "h2o-mean": {"method": "h2o", "normalize": True},
+}
+COMPRESSING = [v for v in VARIANTS if v != "full"]
+
+
+def chunked(variant: str, size: int) -> dict:
+    return {} if variant == "full" else {"chunk_size": size}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_full_budget_matches_uncompressed(family, variant):
+    model = tiny_model(family)
+    ids = prompt(150, batch=2)
+    ref = model(ids)
+    tokens = model.generate(ids, max_new_tokens=6, do_sample=False)
+    with asymkv.replace(family, budget=600, **VARIANTS[variant], **chunked(variant, 64)):
+        assert_close("logits", ref.logits, model(ids).logits, 1e-5)
+        assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decode_matches_recompute(family):
+    model = tiny_model(family)
+    ids = prompt(90, batch=2)
+    ref = model(ids).logits
+    with asymkv.replace(family, method="full"):
+        out = model(ids[:, :80])
+        steps = [model(ids[:, i : i + 1], past_key_values=out.past_key_values).logits for i in range(80, 90)]
+    assert_close("decode", ref[:, 80:], torch.cat(steps, 1), 1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_chunked_prefill_matches_one_shot(size):
+    model = tiny_model()
+    ref = model(prompt(100)).logits
+    with asymkv.replace("llama", method="full", chunk_size=size):
+        assert_close("logits", ref, model(prompt(100)).logits, 1e-5)
+
+
+@pytest.mark.parametrize("rope", [
+    {"rope_type": "default", "rope_theta": 1e4},
+    {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+    {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+    {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64},
+    {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 64},
+], ids=lambda r: r["rope_type"])  # fmt: skip
+def test_rope_types(rope):
+    """Past the trained window too, where dynamic frequencies follow the length; and merged keys stay between."""
+    def fresh():
+        return tiny_model(rope_parameters=rope, max_position_embeddings=64)
+
+    model = fresh()
+    ids, mask, alone = left_padded([110, 150])
+    refs = [fresh()(row).logits for row in alone]  # dynamic frequencies remember the longest call
+    with asymkv.replace("llama", method="full", chunk_size=40):
+        logits = model(ids, attention_mask=mask).logits
+    for row, ref in enumerate(refs):
+        assert_close("logits", ref[0], logits[row, -ref.shape[1] :], 1e-5)
+    with asymkv.replace("llama", budget=60, chunk_size=40):
+        cache = model(ids, attention_mask=mask).past_key_values
+    assert [int(n.sum()) for n in cache.cardinality(0)[0]] == [110, 110]
+    assert all(torch.isfinite(k).all() for k in cache.keys(1)[1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padded_batch_equals_rows_alone(family, variant):
+    """A row's cache and logits never depend on what it is batched with, through prefill, decode and a second turn."""
+    model = tiny_model(family, dtype=torch.float64)  # so that rounding never decides between two rows
+    lengths = [170, 95, 130]
+    ids, mask, alone = left_padded(lengths)
+    settings = {**VARIANTS[variant], **chunked(variant, 50), "decode_interval": 0 if "upstream" in variant else 5}
+    budget = {} if variant == "full" else {"ratio": 0.4}
+    follow, follow_mask, follow_alone = left_padded([60, 40, 9], seed=7)
+
+    def talk(ids, mask, follow, follow_mask):
+        first = model(ids, attention_mask=mask)
+        cache, logits = first.past_key_values, [first.logits[:, -1]]
+        for i in range(12):
+            step = torch.full((ids.shape[0], 1), 10 + i)
+            mask = torch.cat([mask, torch.ones_like(step)], 1)
+            logits.append(model(step, attention_mask=mask, past_key_values=cache).logits[:, -1])
+        mask = torch.cat([mask, follow_mask], 1)
+        logits.append(model(follow, attention_mask=mask, past_key_values=cache).logits[:, -1])
+        return cache, torch.stack(logits, 1)
+
+    with asymkv.replace(family, **settings, **budget):
+        cache, logits = talk(ids, mask, follow, follow_mask)
+        for row in range(len(lengths)):
+            one, ref = talk(alone[row], torch.ones_like(alone[row]), follow_alone[row],
+                            torch.ones_like(follow_alone[row]))  # fmt: skip
+            assert_close("logits", ref[0], logits[row], 1e-6)
+            assert_same_rows(one, cache, row_b=row, rtol=1e-6)
+            if variant != "full":
+                assert cache.compactions and cache.num_rows(0)[row].max() < 0.8 * cache.tokens_seen[row]
+    assert cache.tokens_seen.tolist() == [a + 12 + b for a, b in zip(lengths, [60, 40, 9], strict=True)]
+
+
+def test_right_padding_and_holes_are_never_stored():
+    model = tiny_model()
+    ids = prompt(12, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, 8:] = 0
+    mask[1, [0, 5]] = 0
+    with asymkv.replace("llama", method="full"):
+        out = model(ids, attention_mask=mask)
+        for row in range(2):
+            alone = model(ids[row : row + 1, mask[row].bool()])
+            assert_close("logits", alone.logits[0], out.logits[row, mask[row].bool()], 1e-5)
+            assert_same_rows(alone.past_key_values, out.past_key_values, row_b=row)
+
+
+def test_forward_returns_what_stock_returns():
+    model = tiny_model()
+    ids = prompt(40, batch=2)
+    labels = ids.clone()
+    labels[:, :3] = -100
+    ref = model(ids, labels=labels, output_hidden_states=True)
+    with asymkv.replace("llama", method="full", chunk_size=16):
+        out = model(ids, labels=labels, output_hidden_states=True)
+        assert_close("loss", ref.loss, out.loss, 1e-6)
+        for a, b in zip(ref.hidden_states, out.hidden_states, strict=True):
+            assert_close("hidden", a, b, 1e-5)
+        assert_close("embeds", ref.logits, model(inputs_embeds=model.get_input_embeddings()(ids)).logits, 1e-5)
+        for keep in (1, 5, 39, torch.tensor([0, 17, 39])):
+            expected = model(ids, use_cache=False, logits_to_keep=keep).logits
+            assert_close(f"keep {keep}", expected, model(ids, logits_to_keep=keep).logits, 1e-5)
+        loss, logits, cache = model(ids, labels=labels, return_dict=False)[:3]
+        assert torch.equal(logits, out.logits) and isinstance(cache, asymkv.CompressedCache)

@@ -1,0 +1,188 @@
+"""The patch: reversible, visible, loud, and inert on caches that the user passes."""
+
+import inspect
+
+import pytest
+import torch
+from tiny_models import FAMILIES, prompt, tiny_model
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
+
+import asymkv
+from asymkv.models import get_adapter
+
+REPLACE = {f: getattr(asymkv, f"replace_{f}_asymkv") for f in FAMILIES}
+
+
+def test_every_family_has_its_function_with_one_signature():
+    assert len({str(inspect.signature(f)) for f in REPLACE.values()}) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_restore_returns_the_same_function_objects(family):
+    adapter = get_adapter(family)
+    lm, attention = adapter.causal_lm_class(), adapter.attention_class()
+    before = [lm.forward, attention.forward, lm._prepare_cache_for_generation, lm.extra_repr]
+    had = "_prepare_cache_for_generation" in vars(lm)
+    handle = REPLACE[family]()
+    assert lm.forward is not before[0] and attention.forward is not before[1]
+    handle.restore()
+    assert [lm.forward, attention.forward, lm._prepare_cache_for_generation, lm.extra_repr] == before
+    assert ("_prepare_cache_for_generation" in vars(lm)) == had
+    handle.restore()  # harmless
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_instance_patch_leaves_other_instances_alone(family):
+    model, other = tiny_model(family), tiny_model(family)
+    with REPLACE[family](model=model):
+        assert isinstance(model(prompt(8)).past_key_values, asymkv.CompressedCache)
+        assert isinstance(other(prompt(8)).past_key_values, DynamicCache)
+    assert "forward" not in vars(model) and "forward" not in vars(model.model.layers[0].self_attn)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("instance", [True, False])
+@pytest.mark.parametrize("cache", ["empty", "filled", "static"])
+def test_user_cache_runs_the_original_code_bit_for_bit(family, instance, cache):
+    def fresh(model):
+        if cache == "static":
+            return StaticCache(config=model.config, max_cache_len=64)
+        past = DynamicCache(config=model.config)
+        if cache == "filled":
+            model(prompt(5, seed=9), past_key_values=past)
+        return past
+
+    model = tiny_model(family)
+    ref = model(prompt(20), past_key_values=fresh(model)).logits
+    filled = fresh(model)
+    with REPLACE[family](budget=37, model=model if instance else None):
+        out = model(prompt(20), past_key_values=filled)
+        assert torch.equal(out.logits, ref) and out.past_key_values is filled
+
+
+def test_generate_with_a_user_cache_is_stock():
+    model = tiny_model()
+    ref = model.generate(prompt(60), max_new_tokens=8, do_sample=False)
+    with asymkv.replace_llama_asymkv(budget=40):
+        out = model.generate(prompt(60), max_new_tokens=8, do_sample=False, return_dict_in_generate=True,
+                             past_key_values=DynamicCache(config=model.config))  # fmt: skip
+    assert torch.equal(out.sequences, ref) and type(out.past_key_values) is DynamicCache
+
+
+def test_without_cache_runs_stock():
+    model = tiny_model()
+    ref = model(prompt(60), use_cache=False).logits
+    with asymkv.replace_llama_asymkv(budget=40):
+        out = model(prompt(60), use_cache=False)
+        assert torch.equal(out.logits, ref) and out.past_key_values is None
+        assert isinstance(model.model(prompt(60)).past_key_values, DynamicCache)
+        model.config.use_cache = False
+        assert model(prompt(60)).past_key_values is None
+
+
+def test_attentions_come_from_stock_or_not_at_all():
+    model = tiny_model(attn_implementation="eager")
+    with asymkv.replace_llama_asymkv(budget=40):
+        out = model(prompt(50), output_attentions=True)
+        assert out.attentions[0].shape == (1, 4, 50, 50) and out.past_key_values is None
+        cache = model(prompt(50)).past_key_values
+        with pytest.raises(ValueError, match="use_cache=False"):
+            model(prompt(50), output_attentions=True, use_cache=True)
+        with pytest.raises(ValueError, match="output_attentions"):
+            model(prompt(1), past_key_values=cache, output_attentions=True)
+
+
+@pytest.mark.parametrize("instance", [True, False])
+def test_patching_twice_raises_and_a_second_patch_works_after_restore(instance):
+    model = tiny_model()
+    target = {"model": model} if instance else {}
+    handle = asymkv.replace_llama_asymkv(**target)
+    with pytest.raises(ValueError, match="patched already"):
+        asymkv.replace_llama_asymkv(**target)
+    handle.restore()
+    asymkv.replace_llama_asymkv(**target).restore()
+
+
+def test_print_names_the_method():
+    model = tiny_model()
+    plain = repr(model)
+    with asymkv.replace_llama_asymkv(method="h2o", budget=99):
+        assert "asymkv: method=h2o, budget=99" in repr(model)
+    assert repr(model) == plain
+
+
+def test_restore_without_handle_undoes_everything():
+    asymkv.replace_llama_asymkv()
+    asymkv.replace("qwen2", model=tiny_model("qwen2"))
+    asymkv.restore()  # the fixture checks
+
+
+def test_unknown_family_and_foreign_model_list_the_choices():
+    with pytest.raises(ValueError, match=r"gpt2.*'llama', 'mistral', 'qwen2'"):
+        asymkv.replace("gpt2")
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=10))
+    with pytest.raises(ValueError, match="found 'gpt2', expected 'llama'"):
+        asymkv.replace_llama_asymkv(model=model)
+
+
+def test_unpatched_model_refuses_a_compressed_cache():
+    model = tiny_model()
+    with asymkv.replace_llama_asymkv():
+        cache = model(prompt(9)).past_key_values
+    with pytest.raises(ValueError, match="not patched"):
+        model(prompt(2), past_key_values=cache)
+    with pytest.raises(ValueError, match="not patched"):
+        model.generate(prompt(12), past_key_values=cache, max_new_tokens=2)
+
+
+def test_decoder_alone_refuses_a_compressed_cache():
+    model = tiny_model()
+    with asymkv.replace_llama_asymkv():
+        cache = model(prompt(9)).past_key_values
+        with pytest.raises(ValueError, match="call the LM"):
+            model.model(prompt(2), past_key_values=cache)
+
+
+@pytest.mark.parametrize(("family", "overrides"), [("mistral", {"sliding_window": 16}),
+                                                   ("qwen2", {"use_sliding_window": True, "sliding_window": 16,
+                                                              "max_window_layers": 1})])  # fmt: skip
+def test_sliding_window_models_are_refused(family, overrides):
+    model = tiny_model(family, **overrides)
+    with pytest.raises(ValueError, match="full attention"):
+        REPLACE[family](model=model)
+    with REPLACE[family](), pytest.raises(ValueError, match="full attention"):
+        model.generate(prompt(9), max_new_tokens=1)
+
+
+def hooked_model():
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model()
+    return accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+
+
+def test_class_patch_under_hooked_instances_raises():
+    model = hooked_model()
+    with pytest.raises(ValueError, match="hooked by accelerate"):
+        asymkv.replace_llama_asymkv()
+    with asymkv.replace_llama_asymkv(model=model, budget=40):
+        cache = model.generate(prompt(80), max_new_tokens=2, return_dict_in_generate=True).past_key_values
+        assert cache.num_rows(0).max() <= 42
+    assert isinstance(model(prompt(8)).past_key_values, DynamicCache)
+
+
+def test_a_forward_captured_by_accelerate_delegates_after_restore():
+    ref = tiny_model()(prompt(50)).logits
+    handle = asymkv.replace_llama_asymkv(budget=40)
+    model = hooked_model()
+    assert model(prompt(50)).past_key_values.num_rows(1).max() == 40
+    handle.restore()
+    out = model(prompt(50))
+    assert torch.equal(out.logits, ref) and isinstance(out.past_key_values, DynamicCache)
+
+
+def test_nothing_is_written_to_the_model_config():
+    model = tiny_model()
+    before = model.config.to_dict()
+    with asymkv.replace_llama_asymkv(budget=40):
+        model.generate(prompt(80), max_new_tokens=3)
+    assert model.config.to_dict() == before

@@ -1,0 +1,111 @@
+"""Laws of Locally Merged Attention, for the public dense op and every backend."""
+
+import pytest
+import torch
+from tiny_models import assert_close
+
+from asymkv import lma_attention
+from asymkv.ops import BACKENDS, row_bias
+from asymkv.ops.reference import causal_tail_bias
+
+
+def make(batch=2, heads=4, kv_heads=2, queries=3, rows=17, dim=16, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, heads, queries, dim, generator=g, dtype=torch.float64).to(dtype)
+    k, v = (torch.randn(batch, kv_heads, rows, dim, generator=g, dtype=torch.float64).to(dtype) for _ in range(2))
+    n = torch.randint(1, 9, (batch, kv_heads, rows), generator=g)
+    return q, k, v, n
+
+
+def sum_form(q, k, v, n, scale):
+    k, v, n = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v, n))
+    weights = torch.exp(scale * q @ k.transpose(-1, -2)) * n[:, :, None]
+    return weights @ v / weights.sum(-1, keepdim=True), weights.sum(-1).log()
+
+
+def test_matches_the_sum_form():
+    q, k, v, n = make()
+    out, lse = lma_attention(q, k, v, n)
+    ref, ref_lse = sum_form(q, k, v, n, q.shape[-1] ** -0.5)
+    assert_close("out", ref, out, 1e-13)
+    assert_close("lse", ref_lse, lse, 1e-13)
+
+
+@pytest.mark.parametrize("tail", [0, 3, 17])
+def test_cardinality_one_is_ordinary_attention(tail):
+    q, k, v, n = make()
+    out, _ = lma_attention(q, k, v, torch.ones_like(n), causal_tail=tail)
+    mask = causal_tail_bias(3, 17, tail, q.device).double() if tail else None
+    ref = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    assert_close("out", ref, out, 1e-13)
+
+
+def test_merging_equal_keys_is_lossless():
+    q, k, v, n = make()
+    k[:, :, 5] = k[:, :, 4]
+    full, full_lse = lma_attention(q, k, v, n)
+    weight = n[:, :, 4:6, None].double()
+    v[:, :, 4] = (weight * v[:, :, 4:6]).sum(2) / weight.sum(2)
+    n[:, :, 4] += n[:, :, 5]
+    keep = [i for i in range(17) if i != 5]
+    out, lse = lma_attention(q, k[:, :, keep], v[:, :, keep], n[:, :, keep])
+    assert (out - full).abs().max() < 1e-12 and (lse - full_lse).abs().max() < 1e-12
+
+
+def test_zero_cardinality_is_an_absent_row():
+    q, k, v, n = make()
+    n[:, :, 3] = 0
+    keep = [i for i in range(17) if i != 3]
+    for a, b in zip(lma_attention(q, k, v, n), lma_attention(q, k[:, :, keep], v[:, :, keep], n[:, :, keep]),
+                    strict=True):  # fmt: skip
+        assert_close("absent", b, a, 1e-14)
+
+
+def test_no_row_at_all_gives_zero_and_minus_infinity():
+    q, k, v, n = make()
+    n[1] = 0
+    out, lse = lma_attention(q, k, v, n)
+    assert (out[1] == 0).all() and torch.isneginf(lse[1]).all() and out[0].abs().min() > 0
+    out, lse = lma_attention(q, k[:, :, :0], v[:, :, :0], n[:, :, :0])
+    assert (out == 0).all() and torch.isneginf(lse).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_finite_for_logits_of_ten_thousand(backend, dtype):
+    q, k, v, n = make(dtype=dtype)
+    bias = row_bias(n.float().log().flatten(0, 1), None, torch.arange(17).expand(2, 2, -1), None, 2)
+    out, lse = BACKENDS[backend](q * 100, k * 25, v, bias, 1.0)
+    assert torch.isfinite(out).all() and torch.isfinite(lse).all() and lse.abs().max() > 5e3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-13), (torch.float32, 2e-6), (torch.bfloat16, 4e-3),
+                                             (torch.float16, 1e-3)])  # fmt: skip
+@pytest.mark.parametrize("queries", [1, 5])
+def test_backend_matches_fp64_reference(backend, dtype, rtol, queries):
+    q, k, v, n = make(queries=queries, rows=133, dim=64)
+    n = n**4  # up to 4096
+    n[0, 1] = 0
+    n[1, 0, ::3] = 0
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    ref, ref_lse = lma_attention(q.double(), k.double(), v.double(), n)
+    bias = n.to(torch.promote_types(dtype, torch.float32)).log()[:, :, None]
+    out, lse = BACKENDS[backend](q, k, v, bias, 0.125)
+    assert out.dtype == dtype and lse.dtype == bias.dtype
+    assert_close("out", ref, out, rtol)
+    assert_close("lse", ref_lse.nan_to_num(neginf=0), lse.nan_to_num(neginf=0), max(rtol / 10, 1e-13))
+    assert torch.isneginf(lse[0, 2:]).all() and (out[0, 2:] == 0).all()
+
+
+def test_bad_shapes_are_named():
+    q, k, v, n = make()
+    with pytest.raises(ValueError, match="multiple of H_kv"):
+        lma_attention(q[:, :3], k, v, n)
+    with pytest.raises(ValueError, match="cardinality must match"):
+        lma_attention(q, k, v, n[..., :4])
+    with pytest.raises(ValueError, match="causal_tail"):
+        lma_attention(q, k, v, n, causal_tail=18)
+    n[0, 0, 0] = -1
+    with pytest.raises(ValueError, match=">= 0; found -1"):
+        lma_attention(q, k, v, n)
