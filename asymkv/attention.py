@@ -47,6 +47,8 @@ def attend(cache: CompressedCache, layer: CompressedLayer, q: Tensor, k: Tensor,
     """
     step = cache.step
     assert step is not None
+    if step.prompt:
+        _make_room(cache, layer, step, scale)
     rotary = _rotary_of_new(layer, step, k)
     q, k = _rotate_new(cache, step, rotary, q, k)
     if step.tape is not None:
@@ -76,7 +78,7 @@ def observe(
             layer.accumulate_mass(_with_queries(layer.view(cache.rope, scale), q, present, lse))
         compact_due(cache, layer, step, q, present, scale, lse)
         return
-    if "attention" in needs or cache.config.decode_interval:
+    if needs & {"queries", "attention"}:
         layer.remember(q, present)
     due = layer.exceeds(step.budget)
     if "attention" in needs and layer.ring is not None and (due or layer.ring.full):
@@ -86,12 +88,25 @@ def observe(
         compact_due(cache, layer, step, *queries, scale)
 
 
+def _make_room(cache: CompressedCache, layer: CompressedLayer, step: Step, scale: float) -> None:
+    """Compacts what decode has left above the budget before a new turn's chunk: rows never exceed budget + chunk."""
+    if not step.store or not layer.is_initialized or not layer.exceeds(step.budget):
+        return
+    needs = cache.config.options.needs & {"queries", "attention"}
+    ring = layer.ring
+    if needs and (ring is None or not ring.cursor):
+        return  # no decode query to judge by: the chunk's own will
+    if "attention" in needs:
+        _flush(cache, layer, scale)
+    compact_due(cache, layer, step, *((ring.queries, ring.positions) if ring is not None else (None, None)), scale)
+
+
 def compact_due(
     cache: CompressedCache,
     layer: CompressedLayer,
     step: Step,
-    q: Tensor,
-    positions: Tensor,
+    q: Tensor | None,
+    positions: Tensor | None,
     scale: float,
     lse: Tensor | None = None,
 ) -> None:
@@ -167,7 +182,9 @@ def _concatenate(past: RowView, new: RowView) -> RowView:
     )  # fmt: skip
 
 
-def _with_queries(view: RowView, queries: Tensor, positions: Tensor, lse: Tensor | None = None) -> RowView:
+def _with_queries(
+    view: RowView, queries: Tensor | None, positions: Tensor | None, lse: Tensor | None = None
+) -> RowView:
     view.queries, view.query_positions, view.query_lse = queries, positions, lse
     return view
 

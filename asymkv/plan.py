@@ -110,10 +110,10 @@ def execute(plan: CompactionPlan, view: RowView, storage: RaggedStorage, policy:
     packed._set_length(length)
     size = torch.zeros_like(group).scatter_add_(1, group, kept.long()).gather(1, group)
     merging = kept & (size > 1)
-    packed.merged = storage.merged or bool(merging.any())
     merged_keys = None
-    if packed.merged and bool(merging.any()):
+    if bool(merging.any()):
         merged_keys = _merge(plan, view, columns, merging, target.gather(1, group), packed)
+    packed.merged = storage.merged or bool((packed.columns["cardinality"] > 1).any())
     _write_positions(view, policy, packed, target, last, merged_keys)
     return packed
 

@@ -1,0 +1,141 @@
+"""The arms of a comparison: what each one does to the cache, and what it may store at most."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from asymkv.budgets import parse_bytes
+
+if TYPE_CHECKING:
+    from asymkv.cache import CompressedCache
+    from asymkv.config import CompressionConfig
+
+FULL = "full"
+# The full cache on a prompt whose context is empty: the floor of context retention.
+NONE = "none"
+
+
+class StoredTooMuchError(RuntimeError):
+    """A compressed arm holds more than its budget allows, so its results would be another method's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One column of a comparison.
+
+    Args:
+        name: folder and label.
+        config: the cache's settings.
+        bare: whether the row's context is left out of the prompt.
+    """
+
+    name: str
+    config: CompressionConfig
+    bare: bool = False
+
+
+def parse_settings(assignments: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Reads ``key=value`` (all compressed arms, under the name ``""``) and ``arm.key=value``; values are yaml."""
+    parsed: dict[str, dict[str, Any]] = {"": {}}
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ValueError(f"settings are written key=value or arm.key=value, found {text!r}")
+        arm, _, key = name.rpartition(".")
+        parsed.setdefault(arm, {})[key] = yaml.safe_load(value)
+    return parsed
+
+
+def make_arms(
+    names: Sequence[str],
+    *,
+    budget: int | str | None = None,
+    ratio: float | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Arm]:
+    """Builds the arms of a run.
+
+    Args:
+        names: registered methods, shipped settings or paths of yaml files, ``full``, and ``none``.
+        budget: rows per KV head, or bytes of the whole cache, for the arms that compress.
+        ratio: share of rows kept, for the arms that compress.
+        settings: further settings by arm, those under ``""`` for every arm that compresses.
+    """
+    by_arm = {name: dict(values) for name, values in (settings or {}).items()}
+    common = {key: value for key, value in (("budget", budget), ("ratio", ratio)) if value is not None}
+    common |= by_arm.pop("", {})
+    arms = [_make_arm(name, common, by_arm.pop(Path(name).stem, {})) for name in names]
+    labels = [arm.name for arm in arms]
+    if len(set(labels)) != len(labels):
+        raise ValueError(f"arms must have different names, got {labels}")
+    if by_arm:
+        raise ValueError(f"settings for unknown arms {sorted(by_arm)}; arms of this run: {labels}")
+    return arms
+
+
+def _make_arm(name: str, common: Mapping[str, Any], own: Mapping[str, Any]) -> Arm:
+    from asymkv.config import CompressionConfig
+    from asymkv.methods import METHODS
+
+    if name in (FULL, NONE):
+        return Arm(name, CompressionConfig(method=FULL, **own), bare=name == NONE)
+    if name in METHODS:
+        return Arm(name, CompressionConfig(method=name, **{**common, **own}))
+    return Arm(Path(name).stem, CompressionConfig.load(name, **{**common, **own}))
+
+
+def allowed_rows(config: CompressionConfig, tokens: int) -> int | None:
+    """Rows per KV head that a sequence of ``tokens`` prompt tokens may keep; None for a budget in bytes.
+
+    Computed from the settings alone, so that it checks the cache and does not repeat what the cache says of itself.
+    """
+    if config.ratio is not None:
+        kept = math.floor(Fraction(str(config.ratio)) * tokens)
+        return max(kept, config.sink_size + config.window_size + 1)
+    return config.budget if isinstance(config.budget, int) else None
+
+
+def check_stored(arm: Arm, cache: CompressedCache, tokens: int, extra: int) -> None:
+    """Raises where the cache of one sequence holds more than the arm's settings allow.
+
+    A head may hold more than the mean where budgets are split unevenly over layers or heads; the mean may not exceed
+    the budget in any case. An uncompressed arm must hold exactly its tokens.
+
+    Args:
+        arm: the arm that filled the cache.
+        cache: of one sequence.
+        tokens: prompt tokens that were fed.
+        extra: rows that may have come since the last compaction.
+    """
+    counts = stored_rows(cache)
+    if not arm.config.options.compresses:
+        if set(counts) != {tokens + extra}:
+            raise StoredTooMuchError(f"{arm.name} holds {set(counts)} rows after {tokens + extra} tokens")
+        return
+    allowed = allowed_rows(arm.config, tokens)
+    if allowed is None:
+        limit = parse_bytes(str(arm.config.budget))
+        if cache.nbytes > limit and not extra:
+            raise StoredTooMuchError(f"{arm.name} stores {cache.nbytes} bytes, its budget is {limit}")
+        return
+    if tokens <= allowed:
+        return
+    uniform = arm.config.head_budgets == "uniform" and arm.config.layer_budgets == "uniform"
+    found = max(counts) if uniform else sum(counts) / len(counts)
+    if found > allowed + extra:
+        raise StoredTooMuchError(
+            f"{arm.name} holds {found:g} rows per KV head after {tokens} prompt tokens; its settings "
+            f"({arm.config.describe()}) allow {allowed} and {extra} rows since the last compaction"
+        )
+
+
+def stored_rows(cache: CompressedCache) -> list[int]:
+    """Rows of every (layer, KV head) of a cache of one sequence."""
+    return [int(count) for layer in range(len(cache.layers)) for count in cache.num_rows(layer)[0]]

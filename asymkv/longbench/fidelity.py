@@ -1,0 +1,294 @@
+"""Runs many arms over the same rows and texts, and records what each stores and what it loses.
+
+An arm is a named configuration; a cell is an arm at one ratio. Rows give the loss of the gold answer (and, where a
+fact was planted, whether it is found again), texts give loss and KL divergence of a continuation. Work goes row by
+row, all cells of a row in turn, so that an unfinished run compares its arms on the same rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+import asymkv
+from asymkv import CompressionConfig
+from asymkv.longbench import files
+from asymkv.longbench.arms import FULL, NONE, Arm, check_stored
+from asymkv.longbench.data import Row, Task
+from asymkv.longbench.measure import Protocol, Subject, measure
+from asymkv.longbench.measure import _stored as stored
+from asymkv.longbench.records import Record, RecordFolder
+from asymkv.longbench.retention import (
+    compress,
+    contains_answer,
+    continuation_logits,
+    continuation_score,
+    text_windows,
+)
+from asymkv.longbench.sample import Sample
+from asymkv.paths import config_path
+
+KEY_FIELDS = ("kind", "dataset", "id", "arm", "ratio")
+# Of a row's record; what could repeat the row's text stays out.
+ROW_FIELDS = (
+    "nll", "gold_tokens", "prompt_tokens", "question_tokens", "removed_tokens", "depth", "target_len", "tokens_seen",
+    "rows_min", "rows_max", "kept_ratio", "stored_bytes", "full_bytes", "peak_rows", "peak_bytes", "compactions",
+    "backend", "prefill_seconds",
+)  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmSettings:
+    """A named configuration that runs at several ratios.
+
+    Args:
+        name: in tables and records.
+        settings: keyword arguments of ``CompressionConfig``, without ``ratio``.
+        references: arms that the report compares this one with, row by row.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    references: tuple[str, ...] = ()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether this is the full cache, which has no ratio."""
+        return self.settings.get("method") == FULL
+
+    def arm(self, ratio: float | None) -> Arm:
+        """The arm at one ratio."""
+        extra = {} if ratio is None else {"ratio": ratio}
+        return Arm(self.name, CompressionConfig(**self.settings, **extra))
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSettings:
+    """Windows of the long texts: tokens compressed, tokens scored after them, windows of each text."""
+
+    prefix_tokens: int = 3072
+    target_tokens: int = 256
+    windows: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a yaml file of ``configs/experiments/`` says.
+
+    Args:
+        name: of the experiment.
+        sample: sample file, relative to the yaml's folder.
+        ratios: shares of rows kept.
+        arms: the arms; exactly one has ``method: full``.
+        texts: windows of the long texts.
+    """
+
+    name: str
+    sample: Path
+    ratios: tuple[float, ...]
+    arms: tuple[ArmSettings, ...]
+    texts: TextSettings = TextSettings()
+
+    def cells(self, names: Sequence[str] | None = None) -> list[Arm]:
+        """The full cache first, then every arm (or the named ones) at every ratio.
+
+        Raises:
+            ValueError: for an unknown name; lists the arms.
+        """
+        unknown = sorted(set(names or ()) - {arm.name for arm in self.arms})
+        if unknown:
+            raise ValueError(f"unknown arms {unknown}; {self.name} has {', '.join(arm.name for arm in self.arms)}")
+        full = [arm.arm(None) for arm in self.arms if arm.is_full]
+        chosen = [arm for arm in self.arms if not arm.is_full and (not names or arm.name in names)]
+        return full + [arm.arm(ratio) for arm in chosen for ratio in self.ratios]
+
+
+def load_experiment(path_or_name: str | Path) -> Experiment:
+    """Reads an experiment's yaml, or a shipped one by name.
+
+    Raises:
+        ValueError: for unknown keys, two arms of one name, an unknown reference, or not exactly one full-cache arm.
+    """
+    path = Path(path_or_name)
+    path = path if path.is_file() else config_path(f"experiments/{path_or_name}.yaml")
+    table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    known = {"name", "sample", "ratios", "arms", "texts", "defaults"}
+    if set(table) - known:
+        raise ValueError(f"{path.name}: unknown keys {sorted(set(table) - known)}; allowed: {sorted(known)}")
+    arms = tuple(_read_arm(entry, table.get("defaults", {})) for entry in table["arms"])
+    names = [arm.name for arm in arms]
+    if len(set(names)) < len(names) or NONE in names:
+        raise ValueError(f"{path.name}: arms need names of their own, and not {NONE!r}; found {names}")
+    if sum(arm.is_full for arm in arms) != 1:
+        raise ValueError(f"{path.name}: exactly one arm must have method {FULL!r}, the reference of all measures")
+    for arm in arms:
+        if set(arm.references) - set(names):
+            raise ValueError(f"{path.name}: {arm.name} is compared with {arm.references}; the arms are {names}")
+    texts = TextSettings(**table.get("texts", {}))
+    ratios = tuple(float(ratio) for ratio in table["ratios"])
+    return Experiment(table["name"], path.parent / table["sample"], ratios, arms, texts)
+
+
+def _read_arm(entry: Mapping[str, Any], defaults: Mapping[str, Any]) -> ArmSettings:
+    own = {key: value for key, value in entry.items() if key not in ("name", "compare")}
+    if own.get("method") == FULL:
+        return ArmSettings(entry["name"], own)
+    return ArmSettings(entry["name"], {**defaults, **own}, tuple(entry.get("compare", ())))
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A piece of a long text: tokens that are compressed, and the tokens after them that are scored."""
+
+    text: str
+    index: int
+    prefix: list[int]
+    targets: list[int]
+
+
+def record_key(record: Record) -> tuple[Any, ...]:
+    """Identity of a record: what was measured, on which row or window, by which cell."""
+    return tuple(record[name] for name in KEY_FIELDS)
+
+
+def _key(kind: str, dataset: str, item: str, arm: Arm) -> tuple[Any, ...]:
+    return (kind, dataset, item, arm.name, arm.config.ratio)
+
+
+def without_context() -> Arm:
+    """The arm that never reads the context: the zero of context retention."""
+    return Arm(NONE, CompressionConfig(method=FULL), bare=True)
+
+
+class FidelityRun:
+    """Measures cells on one model and appends what it finds to a folder.
+
+    Args:
+        subject: an unpatched model, and how it is prompted.
+        protocol: what is in view while the cache is compressed, see ``asymkv.longbench.retention``.
+        folder: where records go; what it already has is not measured again.
+    """
+
+    def __init__(self, subject: Subject, protocol: str, folder: RecordFolder) -> None:
+        self.subject = subject
+        self.protocol = protocol
+        self.folder = folder
+        self.done = folder.done()
+
+    def missing(self, kind: str, dataset: str, item: str, cells: Sequence[Arm]) -> list[Arm]:
+        """Cells without a record of this row or window."""
+        return [cell for cell in cells if _key(kind, dataset, item, cell) not in self.done]
+
+    def _save(self, kind: str, dataset: str, item: str, cell: Arm, values: Record) -> None:
+        key = _key(kind, dataset, item, cell)
+        self.folder.append({**dict(zip(KEY_FIELDS, key, strict=True)), **values})
+        self.done.add(key)
+
+    def _patched(self, cell: Arm) -> AbstractContextManager[Any]:
+        model = self.subject.model
+        return asymkv.replace(model.config.model_type, cell.config, model=model)
+
+    def run_row(self, task: Task, row: Row, cells: Sequence[Arm]) -> Iterator[str]:
+        """Measures what is missing of one row; yields each cell's name before its turn.
+
+        The gold answer is cut to the task's answer length. A row with a planted fact (``depth``) is also answered.
+        """
+        protocol = Protocol(self.protocol, generate="depth" in row, max_gold_tokens=task.max_new_tokens)
+        for cell in self.missing("row", task.dataset, row["_id"], [without_context(), *cells]):
+            yield cell.name
+            with self._patched(cell):
+                record = measure(self.subject, cell, task, row, protocol)
+            values = {name: record[name] for name in ROW_FIELDS if name in record}
+            if protocol.generate:
+                values["found"] = contains_answer(record["pred"], row["answers"])
+            self._save("row", task.dataset, row["_id"], cell, values)
+
+    def run_window(self, window: Window, cells: Sequence[Arm]) -> Iterator[str]:
+        """Measures what is missing of one window against the full cache; yields as ``run_row`` does."""
+        missing = self.missing("window", window.text, str(window.index), cells)
+        full = [cell for cell in cells if not cell.config.options.compresses]
+        reference: Tensor | None = None
+        for cell in [*full, *(cell for cell in missing if cell not in full)] if missing else ():
+            yield cell.name
+            with self._patched(cell):
+                logits, values = self._continue(cell, window)
+            reference = logits if reference is None else reference
+            if cell in missing:
+                values |= dataclasses.asdict(continuation_score(logits, reference, window.targets))
+                self._save("window", window.text, str(window.index), cell, values)
+
+    def _continue(self, cell: Arm, window: Window) -> tuple[Tensor, Record]:
+        """Logits of a window's targets behind its compressed prefix, and what that stores."""
+        started = time.perf_counter()
+        prefix = compress(self.subject.model, window.prefix)
+        seconds = time.perf_counter() - started
+        check_stored(cell, prefix.cache, len(window.prefix), 0)
+        values = {"prefill_seconds": seconds, **stored(prefix.cache, self.subject.model)}
+        return continuation_logits(self.subject.model, prefix, window.targets, len(window.targets)), values
+
+
+def read_texts(folder: str | Path) -> dict[str, str]:
+    """Plain texts of a folder by file name without ``.txt``."""
+    found = {path.stem: path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("*.txt"))}
+    if not found:
+        raise FileNotFoundError(f"no .txt files in {folder}")
+    return found
+
+
+def windows_of(texts: Mapping[str, str], tokenizer: Any, settings: TextSettings) -> list[Window]:
+    """Windows of all texts, the texts taking turns; a text too short for one is named in the log."""
+    columns = {}
+    for name, text in texts.items():
+        ids = tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
+        columns[name] = text_windows(ids, settings.prefix_tokens, settings.target_tokens, settings.windows)
+        if not columns[name]:
+            logger.warning("text %s has only %d tokens and gives no window", name, len(ids))
+    turns = range(settings.windows)
+    return [Window(name, i, *found[i]) for i in turns for name, found in columns.items() if i < len(found)]
+
+
+def texts_sha256(texts: Mapping[str, str]) -> dict[str, str]:
+    """Digest of each text's content."""
+    return {name: files.sha256(text.encode("utf-8")) for name, text in texts.items()}
+
+
+def run_settings(
+    experiment: Experiment,
+    cells: Sequence[Arm],
+    subject: Subject,
+    protocol: str,
+    *,
+    sample: Sample,
+    tasks: Mapping[str, Task],
+    texts: Mapping[str, str] | None,
+) -> Record:
+    """Everything that the numbers depend on, for ``RecordFolder.claim``."""
+    arms = {}
+    for cell in cells:
+        config = cell.config.to_dict()
+        arms[cell.name] = {name: value for name, value in config.items() if name not in ("ratio", "budget")}
+    settings = {
+        "experiment": experiment.name,
+        "model": subject.spec.name,
+        "max_length": subject.spec.max_length,
+        "chat_template": subject.spec.chat_template,
+        "dtype": str(subject.model.dtype).removeprefix("torch."),
+        "protocol": protocol,
+        "ids_sha256": sample.sha256,
+        "prompts": {n: files.sha256(f"{t.template}\n{t.max_new_tokens}".encode()) for n, t in tasks.items()},
+        "texts": texts and texts_sha256(texts),
+        "windows": texts and dataclasses.asdict(experiment.texts),
+        "arms": arms,
+    }
+    return json.loads(json.dumps(settings, default=str))

@@ -1,0 +1,345 @@
+"""Tables and a figure from the records of a fidelity run."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asymkv.longbench.arms import NONE
+from asymkv.longbench.fidelity import Experiment
+from asymkv.longbench.files import write_atomic
+from asymkv.longbench.records import Record, RecordFolder, merged_settings
+from asymkv.longbench.retention import Estimate, paired_pairs, pooled_ratio, retention_pairs
+
+CellKey = tuple[str, float | None]
+ItemKey = tuple[str, str]
+MIB = 2**20
+
+DEFINITIONS = """\
+R is context retention: (NLL_none - NLL_arm) / (NLL_none - NLL_full), NLL = mean token loss of the gold answer; sums
+over the rows of a task, then the plain mean over tasks; 1 = the full cache, 0 = the context was never read. Intervals
+are 95 % percentile bootstraps that redraw rows within tasks. Stored bytes are counted from the cache's buffers after
+the prefix was compressed (metadata, statistics and slack included), mean over rows; their share is of a stock cache of
+the same tokens. Arms compare at equal bytes, not at equal ratio."""
+
+
+class Results:
+    """Records of a folder, by cell and by row or window.
+
+    Args:
+        records: from ``RecordFolder.read``.
+        experiment: gives the order of the arms, and their references.
+    """
+
+    def __init__(self, records: Iterable[Record], experiment: Experiment) -> None:
+        self.experiment = experiment
+        self._by_kind: dict[str, dict[CellKey, dict[ItemKey, Record]]] = {"row": {}, "window": {}}
+        for record in records:
+            cells = self._by_kind[record["kind"]]
+            cells.setdefault((record["arm"], record["ratio"]), {})[record["dataset"], record["id"]] = record
+        order = {arm.name: i for i, arm in enumerate(experiment.arms)}
+        found = {key for cells in self._by_kind.values() for key in cells if key[0] != NONE}
+        self.full: CellKey = (next(arm.name for arm in experiment.arms if arm.is_full), None)
+        self.cells = sorted(found, key=lambda key: (order.get(key[0], len(order)), key[0], -(key[1] or 1.0)))
+
+    def of(self, kind: str, cell: CellKey) -> dict[ItemKey, Record]:
+        """Records of one cell by (dataset, id)."""
+        return self._by_kind[kind].get(cell, {})
+
+    def common(self, kind: str, *cells: CellKey) -> list[ItemKey]:
+        """Rows or windows that all these cells have, in a fixed order."""
+        return sorted(set.intersection(*(set(self.of(kind, cell)) for cell in cells)))
+
+    def column(self, kind: str, cell: CellKey, name: str, items: Sequence[ItemKey]) -> np.ndarray:
+        """One value of the records of ``items``."""
+        records = self.of(kind, cell)
+        return np.array([records[item][name] for item in items], dtype=np.float64)
+
+    def _ratio(self, pairs: Callable[..., np.ndarray], *cells: CellKey) -> Estimate:
+        """Pooled ratio over rows that all the cells, the full cache and the empty context have."""
+        columns = [(NONE, None), *cells, self.full]
+        items = self.common("row", *columns)
+        table = pairs(*(self.column("row", cell, "nll", items) for cell in columns))
+        return pooled_ratio(_grouped(items, table))
+
+    def retention(self, cell: CellKey) -> Estimate:
+        """Context retention of a cell."""
+        return self._ratio(retention_pairs, cell)
+
+    def difference(self, cell: CellKey, reference: CellKey) -> Estimate:
+        """Retention of a cell minus that of a reference, on the same rows."""
+        return self._ratio(paired_pairs, reference, cell)
+
+    def divergence(self, cell: CellKey) -> Estimate:
+        """KL divergence from the full cache: windows within texts, then the plain mean over texts."""
+        items = self.common("window", cell)
+        kl = self.column("window", cell, "kl", items)
+        return pooled_ratio(_grouped(items, np.stack([kl, np.ones_like(kl)], axis=1)))
+
+
+def _grouped(items: Sequence[ItemKey], table: np.ndarray) -> dict[str, np.ndarray]:
+    by_task: dict[str, list[np.ndarray]] = defaultdict(list)
+    for (task, _), row in zip(items, table, strict=True):
+        by_task[task].append(row)
+    return {task: np.stack(rows) for task, rows in by_task.items()}
+
+
+def summarise(results: Results) -> list[Record]:
+    """One flat mapping per cell: the rows of ``results.csv``."""
+    return [
+        {"arm": cell[0], "ratio": cell[1] or 1.0, **_row_summary(results, cell), **_text_summary(results, cell)}
+        for cell in results.cells
+    ]
+
+
+def _row_summary(results: Results, cell: CellKey) -> Record:
+    items = results.common("row", cell, results.full, (NONE, None))
+    if not items:
+        return {"rows": 0}
+    names = ("nll", "kept_ratio", "tokens_seen", "stored_bytes", "full_bytes", "prefill_seconds")
+    column = {name: results.column("row", cell, name, items) for name in names}
+    found = [r["found"] for r in results.of("row", cell).values() if "found" in r]
+    records = [results.of("row", cell)[item] for item in items]
+    estimate = results.retention(cell)
+    return {
+        "rows": len(items),
+        "complete": len(items) == len(results.of("row", results.full)),
+        "retention": estimate.value,
+        "low": estimate.low,
+        "high": estimate.high,
+        "nll": column["nll"].mean(),
+        "stored_bytes": column["stored_bytes"].mean(),
+        "share_of_stock_bytes": column["stored_bytes"].sum() / column["full_bytes"].sum(),
+        "rows_per_head": (column["kept_ratio"] * column["tokens_seen"]).mean(),
+        "max_rows": max(record["rows_max"] for record in records),
+        "peak_rows": max(record["peak_rows"] for record in records),
+        "peak_bytes": max(record["peak_bytes"] for record in records),
+        "prefill_seconds": column["prefill_seconds"].mean(),
+        "needles": len(found),
+        "needles_found": sum(found),
+        **{f"retention_{task}": value for task, value in estimate.by_task.items()},
+    }
+
+
+def _text_summary(results: Results, cell: CellKey) -> Record:
+    items = results.common("window", cell, results.full)
+    if not items:
+        return {"windows": 0}
+    loss, full = (results.column("window", key, "nll", items).mean() for key in (cell, results.full))
+    estimate = results.divergence(cell)
+    stored, stock = (results.column("window", cell, name, items).sum() for name in ("stored_bytes", "full_bytes"))
+    return {
+        "windows": len(items),
+        "text_nll": loss,
+        "text_perplexity": math.exp(loss),
+        "text_perplexity_difference": math.exp(loss) - math.exp(full),
+        "text_kl": estimate.value,
+        "text_kl_low": estimate.low,
+        "text_kl_high": estimate.high,
+        "text_agreement": results.column("window", cell, "agreement", items).mean(),
+        "text_share_of_stock_bytes": stored / stock,
+    }
+
+
+def paired(results: Results) -> list[Record]:
+    """Differences in retention between each arm and its references at the same ratio."""
+    found = []
+    for arm in results.experiment.arms:
+        for reference in arm.references:
+            for ratio in results.experiment.ratios:
+                cell, other = (arm.name, ratio), (reference, ratio)
+                items = results.common("row", cell, other)
+                estimate = results.difference(cell, other)
+                if not estimate.rows:
+                    continue
+                nbytes = [results.column("row", key, "stored_bytes", items).mean() for key in (cell, other)]
+                found.append(
+                    {"arm": arm.name, "reference": reference, "ratio": ratio, "rows": estimate.rows}
+                    | {"difference": estimate.value, "low": estimate.low, "high": estimate.high}
+                    | {"bytes_over_reference": nbytes[0] / nbytes[1]}
+                )
+    return found
+
+
+def needle_grid(results: Results, cell: CellKey) -> dict[int, dict[float, tuple[int, int]]]:
+    """Planted facts found again: context length to depth to (found, asked)."""
+    grid: dict[int, dict[float, tuple[int, int]]] = defaultdict(dict)
+    for record in results.of("row", cell).values():
+        if "found" in record:
+            length = record.get("target_len", 0)
+            hits, asked = grid[length].get(record["depth"], (0, 0))
+            grid[length][record["depth"]] = (hits + record["found"], asked + 1)
+    return {length: dict(sorted(grid[length].items())) for length in sorted(grid)}
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _interval(row: Mapping[str, Any], name: str, low: str, high: str, digits: int = 3) -> str:
+    return f"{_number(row[name], digits)} [{_number(row[low], digits)}, {_number(row[high], digits)}]"
+
+
+def main_table(summary: Sequence[Record]) -> str:
+    """Retention beside what it costs."""
+    header = ["arm", "ratio", "R [95 %]", "rows", "stored MiB", "share of stock bytes", "rows per head", "needles"]
+    header += ["prefill s"]
+    body = [
+        (row["arm"], f"{row['ratio']:g}", _interval(row, "retention", "low", "high"))
+        + (f"{row['rows']}{'' if row['complete'] else ' (unfinished)'}", _number(row["stored_bytes"] / MIB, 2))
+        + (f"{100 * row['share_of_stock_bytes']:.1f} %", _number(row["rows_per_head"], 1))
+        + (f"{row['needles_found']}/{row['needles']}", _number(row["prefill_seconds"], 2))
+        for row in summary
+        if row["rows"]
+    ]
+    return _table(header, body)
+
+
+def task_table(summary: Sequence[Record]) -> str:
+    """Retention by task."""
+    tasks = sorted({name for row in summary for name in row if name.startswith("retention_")})
+    header = ["arm", "ratio", *(name.removeprefix("retention_") for name in tasks)]
+    body = [
+        [row["arm"], f"{row['ratio']:g}", *(_number(row.get(name)) for name in tasks)] for row in summary if row["rows"]
+    ]
+    return _table(header, body)
+
+
+def paired_table(differences: Sequence[Record]) -> str:
+    """Paired differences in retention."""
+    header = ("arm", "against", "ratio", "difference in R [95 %]", "rows", "bytes / reference's bytes")
+    body = [
+        (row["arm"], row["reference"], f"{row['ratio']:g}", _interval(row, "difference", "low", "high"))
+        + (str(row["rows"]), _number(row["bytes_over_reference"]))
+        for row in differences
+    ]
+    return _table(header, body)
+
+
+def text_table(summary: Sequence[Record]) -> str:
+    """Continuations of long texts against the full cache."""
+    header = ["arm", "ratio", "windows", "share of stock bytes", "perplexity", "difference to full"]
+    header += ["KL, nats [95 %]", "top-1 agreement"]
+    body = [
+        (row["arm"], f"{row['ratio']:g}", str(row["windows"]), f"{100 * row['text_share_of_stock_bytes']:.1f} %")
+        + (_number(row["text_perplexity"], 2), f"{row['text_perplexity_difference']:+.2f}")
+        + (_interval(row, "text_kl", "text_kl_low", "text_kl_high", 4), _number(row["text_agreement"]))
+        for row in summary
+        if row["windows"]
+    ]
+    return _table(header, body)
+
+
+def needle_table(results: Results) -> str:
+    """Planted facts found again, by length and depth."""
+    grids = {cell: needle_grid(results, cell) for cell in results.cells}
+    depths = sorted({depth for grid in grids.values() for row in grid.values() for depth in row})
+    body = []
+    for (arm, ratio), grid in grids.items():
+        for length, row in grid.items():
+            hits = ["{}/{}".format(*row[depth]) if depth in row else "" for depth in depths]
+            body.append([arm, f"{ratio or 1:g}", str(length), *hits])
+    return _table(["arm", "ratio", "length", *(f"depth {depth:g}" for depth in depths)], body)
+
+
+def conditions_text(runs: Sequence[Record]) -> str:
+    """Model, rows and machine in a few lines; says so where sessions of one folder differ."""
+    settings = merged_settings(runs)
+    sessions = [session for run in runs for session in run["sessions"]]
+    names = ("model", "dtype", "protocol", "max_length", "ids_sha256")
+    lines = [f"- {name}: {settings[name]}" for name in names if settings.get(name)]
+    for name in sorted({name for session in sessions for name in session} - {"date"}):
+        values = sorted({json.dumps(session.get(name)).strip('"') for session in sessions})
+        lines.append(f"- {name}: {' | '.join(values)}{' (sessions differ)' if len(values) > 1 else ''}")
+    return "\n".join(lines)
+
+
+def markdown(results: Results, runs: Sequence[Record]) -> str:
+    """The whole report."""
+    summary, differences = summarise(results), paired(results)
+    parts = [f"# Fidelity: {results.experiment.name}", conditions_text(runs), DEFINITIONS]
+    if any(row["rows"] for row in summary):
+        parts += ["## Context retention", main_table(summary), "## Retention by task", task_table(summary)]
+    if differences:
+        parts += ["## Paired differences, same rows", paired_table(differences)]
+    if any(row.get("needles") for row in summary):
+        parts += ["## Planted facts found again", needle_table(results)]
+    if any(row["windows"] for row in summary):
+        parts += ["## Long texts", text_table(summary)]
+    return "\n\n".join(parts) + "\n"
+
+
+def csv_text(summary: Sequence[Record]) -> str:
+    """All columns of all cells."""
+    names = list(dict.fromkeys(name for row in summary for name in row))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(summary)
+    return out.getvalue()
+
+
+def plot(summary: Sequence[Record], path: str | Path) -> bool:
+    """Context retention against stored bytes, one line per arm, intervals as bars.
+
+    Returns:
+        Whether any arm has a retention to draw; without one no file is written.
+    """
+    from matplotlib.figure import Figure
+
+    by_arm: dict[str, list[Record]] = defaultdict(list)
+    for row in summary:
+        if row["rows"] and math.isfinite(row["retention"]):
+            by_arm[row["arm"]].append(row)
+    if not by_arm:
+        return False
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    for i, (arm, rows) in enumerate(by_arm.items()):
+        rows.sort(key=lambda row: row["stored_bytes"])
+        x = [row["stored_bytes"] / MIB for row in rows]
+        y = [row["retention"] for row in rows]
+        bars = [[row["retention"] - row["low"] for row in rows], [row["high"] - row["retention"] for row in rows]]
+        style = {"marker": "osv^Dxp*"[i % 8], "linestyle": ("-", "--", ":")[i // 10 % 3], "color": f"C{i % 10}"}
+        axes.errorbar(x, y, yerr=np.maximum(bars, 0), label=arm, capsize=2, linewidth=1, markersize=4, **style)
+    axes.set_xscale("log")
+    axes.set_xlabel("stored bytes per row of the sample, MiB")
+    axes.set_ylabel("context retention R")
+    axes.axhline(1, color="grey", linewidth=0.5)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    return True
+
+
+def write_report(folder: RecordFolder, experiment: Experiment) -> str:
+    """Writes ``results.csv``, ``results.md``, ``retention.png`` and ``run.json`` into the folder; returns the markdown.
+
+    Raises:
+        FileNotFoundError: if the folder holds no records.
+    """
+    runs, records = folder.runs(), folder.read()
+    if not records:
+        raise FileNotFoundError(f"{folder.folder} holds no records")
+    results = Results(records, experiment)
+    summary, text = summarise(results), markdown(results, runs)
+    write_atomic(folder.folder / "results.csv", csv_text(summary))
+    write_atomic(folder.folder / "results.md", text)
+    plot(summary, folder.folder / "retention.png")
+    sessions = sorted((session for run in runs for session in run["sessions"]), key=lambda session: session["date"])
+    whole = {"settings": merged_settings(runs), "sessions": sessions, "records": len(records)}
+    write_atomic(folder.folder / "run.json", json.dumps(whole, indent=2) + "\n")
+    return text

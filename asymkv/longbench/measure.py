@@ -1,0 +1,217 @@
+"""One row under one arm: compress, score the gold answer, answer greedily, and record what was stored."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from asymkv.longbench import retention
+from asymkv.longbench.arms import Arm, check_stored, stored_rows
+from asymkv.longbench.data import Row, Task
+from asymkv.longbench.models import ModelSpec
+from asymkv.longbench.prompts import Prompt, answer_ids, build_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from asymkv.cache import CompressedCache
+
+Record = dict[str, Any]
+# LongBench ends these answers at a newline too, and lets none of them be empty.
+NEWLINE_STOP_TASKS = frozenset({"samsum"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Args:
+        model: in eval mode, on its device; patched for the arm that runs.
+        tokenizer: the model's.
+        spec: how the model is prompted.
+        stop_ids: ids that end an answer.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    spec: ModelSpec
+    stop_ids: frozenset[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How it is measured.
+
+    Args:
+        name: ``prompt`` (the question is in view while compressing) or ``context`` (it is not known yet).
+        max_new_tokens: caps the tasks' own answer lengths.
+        generate: whether to answer at all (the gold answer's loss needs no generation).
+        max_gold_tokens: the gold answer is cut after so many tokens.
+    """
+
+    name: str = "prompt"
+    max_new_tokens: int | None = None
+    generate: bool = True
+    max_gold_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.name not in retention.PROTOCOLS:
+            raise ValueError(f"unknown protocol {self.name!r}; choose from {', '.join(retention.PROTOCOLS)}")
+
+
+@torch.no_grad()
+def measure(subject: Subject, arm: Arm, task: Task, row: Row, protocol: Protocol) -> Record:
+    """Runs one row and returns its record, all plain json types.
+
+    Raises:
+        StoredTooMuchError: if the cache holds more than the arm allows.
+    """
+    prompt = build_prompt(row, task.dataset, task.template, subject.tokenizer, subject.spec)
+    prompt = prompt.without_context() if arm.bare else prompt
+    first, rest = retention.split_prompt(prompt, protocol.name)
+    clock = _Clock(subject.model.device)
+    prefix = retention.compress(subject.model, first)
+    seconds = clock.lap()
+    check_stored(arm, prefix.cache, len(first), 0)
+    record = {
+        "_id": row["_id"], "dataset": task.dataset, "answers": row["answers"], "all_classes": row.get("all_classes"),
+        "length": row.get("length"), "prompt_tokens": len(first), "question_tokens": len(rest),
+        "removed_tokens": prompt.removed_tokens, "prefill_seconds": seconds,
+    }  # fmt: skip
+    record |= {key: row[key] for key in ("depth", "target_len") if key in row}
+    record |= _stored(prefix.cache, subject.model)
+    record |= _gold_loss(subject, prompt, prefix, rest, row["answers"], protocol)
+    if protocol.generate:
+        record |= _answer(subject, arm, task, prefix, len(first), rest, protocol)
+    return record
+
+
+class _Clock:
+    """Wall time between laps, with the device's queue emptied."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.lap()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        now = time.perf_counter()
+        elapsed, self.last = now - getattr(self, "last", now), now
+        return elapsed
+
+
+def full_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Bytes of keys and values of ``tokens`` tokens in a plain cache, in the model's dtype."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * tokens * model.dtype.itemsize
+
+
+def _stored(cache: CompressedCache, model: PreTrainedModel) -> Record:
+    counts, tokens, stats = stored_rows(cache), int(cache.tokens_seen[0]), cache.stats()
+    return {
+        "tokens_seen": tokens,
+        "rows_min": min(counts),
+        "rows_max": max(counts),
+        "stored_bytes": cache.nbytes,
+        "full_bytes": full_cache_bytes(model, tokens),
+        "kept_ratio": sum(counts) / (len(counts) * tokens),
+        "peak_rows": int(stats["peak_rows"]),
+        "peak_bytes": int(stats["peak_nbytes"]),
+        "compactions": int(stats["compactions"]),
+        "backend": str(stats["backend"]),
+    }
+
+
+def _gold_loss(
+    subject: Subject,
+    prompt: Prompt,
+    prefix: retention.Prefix,
+    rest: Sequence[int],
+    answers: Sequence[str],
+    protocol: Protocol,
+) -> Record:
+    """Mean token loss of the first reference answer; None where there is none."""
+    gold = answer_ids(prompt, answers[0], subject.tokenizer, protocol.max_gold_tokens) if answers else []
+    loss = retention.answer_nll(subject.model, prefix, rest, gold) if gold else None
+    return {"nll": loss, "gold_tokens": len(gold)}
+
+
+def _answer(
+    subject: Subject,
+    arm: Arm,
+    task: Task,
+    prefix: retention.Prefix,
+    tokens: int,
+    rest: Sequence[int],
+    protocol: Protocol,
+) -> Record:
+    """Feeds what is left of the prompt and decodes greedily, on the prefix's own cache (its last use)."""
+    limit = min(task.max_new_tokens, protocol.max_new_tokens or task.max_new_tokens)
+    stops = subject.stop_ids
+    not_empty = task.dataset.removesuffix("_e") in NEWLINE_STOP_TASKS
+    if not_empty:
+        stops = stops | {subject.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]}
+    clock = _Clock(subject.model.device)
+    logits = _feed(subject.model, prefix.cache, rest) if rest else prefix.last_logits
+    question_seconds = clock.lap()
+    said, fed = greedy(subject.model, prefix.cache, logits, limit, stops, not_empty=not_empty)
+    seconds = clock.lap()
+    interval = arm.config.decode_interval
+    since = min(fed, interval) if interval and arm.config.options.compresses else fed
+    check_stored(arm, prefix.cache, tokens, len(rest) + since)
+    return {
+        "pred": subject.tokenizer.decode(said, skip_special_tokens=True),
+        "question_seconds": question_seconds,
+        "new_tokens": len(said),
+        "decode_steps": fed,
+        "decode_seconds": seconds,
+    }
+
+
+def greedy(
+    model: PreTrainedModel,
+    cache: CompressedCache,
+    logits: Tensor,
+    limit: int,
+    stops: frozenset[int],
+    *,
+    not_empty: bool = False,
+) -> tuple[list[int], int]:
+    """Greedy decoding on a filled cache.
+
+    Args:
+        model: the model.
+        cache: grows by one token a step.
+        logits: ``[V]`` after the last token fed.
+        limit: most new tokens.
+        stops: ids that end the answer and are not part of it.
+        not_empty: forbids a stop as the first token.
+
+    Returns:
+        The new ids, and how many of them were fed back (decode steps).
+    """
+    said: list[int] = []
+    if not_empty:
+        logits = logits.index_fill(0, torch.tensor(sorted(stops), device=logits.device), -torch.inf)
+    for step in range(limit):
+        if step:
+            logits = _feed(model, cache, said[-1:])
+        token = int(logits.argmax())
+        if token in stops:
+            return said, len(said)
+        said.append(token)
+    return said, max(len(said) - 1, 0)
+
+
+def _feed(model: PreTrainedModel, cache: CompressedCache, ids: Sequence[int]) -> Tensor:
+    """Logits ``[V]`` after ``ids``, which are appended to the cache."""
+    batch = torch.tensor([list(ids)], device=model.device)
+    return model(batch, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]

@@ -1,0 +1,176 @@
+"""From a row to token ids: template, middle truncation, chat template, and the split after the context.
+
+A prompt has two sides. The context side ends with the last character of the row's context; the question side is
+everything after it, the end of the chat template included. The sides are tokenised separately, so the context can be
+compressed before the question is known; their concatenation is what the model reads when it sees both at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from asymkv.longbench.models import ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONTEXT_FIELD = "{context}"
+# Few-shot and completion tasks: the answer continues the text, so a chat turn would break the pattern.
+RAW_TASKS = frozenset({"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p", "code_completion"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One tokenised prompt.
+
+    Args:
+        context_ids: BOS (where the model has one), the chat header, the template up to and including the context.
+        question_ids: the rest of the template and of the chat turn.
+        question_text: the text of ``question_ids``.
+        removed_tokens: prompt tokens that the middle truncation took out.
+        bare: the same prompt with an empty context.
+    """
+
+    context_ids: list[int]
+    question_ids: list[int]
+    question_text: str
+    removed_tokens: int = 0
+    bare: Prompt | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        """Both sides: what the model reads when the question is in view from the start."""
+        return self.context_ids + self.question_ids
+
+    def without_context(self) -> Prompt:
+        """Returns the prompt as if the row's context were empty: the floor that a compressed cache must beat."""
+        return self if self.bare is None else self.bare
+
+
+def build_prompt(
+    row: Mapping[str, Any],
+    dataset: str,
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: ModelSpec,
+) -> Prompt:
+    """Renders, truncates, wraps and tokenises one row.
+
+    Args:
+        row: a row with the fields that the template names (``context`` among them).
+        dataset: the row's task; the raw tasks take no chat template. A LongBench-E suffix ``_e`` is ignored.
+        template: LongBench's prompt format for the task.
+        tokenizer: the model's tokenizer.
+        spec: the model's prompt limit and whether it is a chat model.
+    """
+    before, after = _split_template(template)
+    head = before.format(**row) + str(row["context"])
+    tail = after.format(**row)
+    head, tail, removed = _truncate_middle(head, tail, tokenizer, spec.max_length)
+    chat = spec.chat_template and dataset.removesuffix("_e") not in RAW_TASKS
+    empty = {**row, "context": ""}
+    bare = _tokenise(before.format(**empty), after.format(**empty), tokenizer, chat)
+    return dataclasses.replace(_tokenise(head, tail, tokenizer, chat), removed_tokens=removed, bare=bare)
+
+
+def answer_ids(prompt: Prompt, answer: str, tokenizer: PreTrainedTokenizerBase, limit: int = 512) -> list[int]:
+    """Returns the ids of a gold answer as the continuation of ``prompt``.
+
+    A space joins the two where the prompt ends in a visible (ASCII) character, as in ``Type: Food``.
+
+    Args:
+        prompt: what the answer follows.
+        answer: the text.
+        tokenizer: the model's tokenizer.
+        limit: the answer is cut after so many tokens.
+    """
+    last = prompt.question_text[-1:]
+    joined = last.isascii() and last.strip() and answer[:1].strip()
+    ids = _encode_continuation((" " if joined else "") + answer, tokenizer)
+    return ids[:limit]
+
+
+def _split_template(template: str) -> tuple[str, str]:
+    """Cuts a template just after its context; a field before it is rendered with the context side."""
+    if template.count(CONTEXT_FIELD) != 1:
+        raise ValueError(f"a prompt template must contain {CONTEXT_FIELD} exactly once, got {template!r}")
+    before, after = template.split(CONTEXT_FIELD)
+    return before, after
+
+
+def _truncate_middle(head: str, tail: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> tuple[str, str, int]:
+    """Keeps the first and the last ``limit // 2`` tokens of the prompt, and its whole question side where that fits.
+
+    Special tokens that the tokenizer adds count towards the limit, as in LongBench. The text is sliced at token
+    boundaries and not decoded from ids, which would break characters that span the cut.
+    """
+    spans = tokenizer(head + tail, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    spans = spans["offset_mapping"]
+    specials = tokenizer.num_special_tokens_to_add()
+    if len(spans) + specials <= limit:
+        return head, tail, 0
+    front, back = limit // 2 - specials, limit // 2
+    question = sum(1 for start, _ in spans if start >= len(head))
+    if back < question < limit - specials:
+        front, back = limit - specials - question, question
+    end = spans[front - 1][1]
+    # The tokens of one multi-byte character share its span; max() keeps the character from appearing twice.
+    start = max(end, spans[-back][0])
+    tail = tail[: max(end - len(head), 0)] + tail[max(start - len(head), 0) :]
+    return head[:end] + head[start:], tail, len(spans) - front - back
+
+
+def _tokenise(head: str, tail: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> Prompt:
+    """Applies the chat template (if any) and tokenises the two sides apart."""
+    if chat:
+        head, tail = _wrap_chat(head, tail, tokenizer)
+    context_ids = _encode(head, tokenizer)
+    bos = tokenizer.bos_token_id
+    if _adds_bos(tokenizer) and context_ids[:1] != [bos]:
+        context_ids = [bos, *context_ids]
+    return Prompt(context_ids, _encode_continuation(tail, tokenizer), tail)
+
+
+def _wrap_chat(head: str, tail: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Renders one user turn and returns the text before and after the end of the context."""
+    text = head + tail
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
+    start = rendered.rfind(text)
+    if start >= 0:
+        cut = start + len(head)
+        return rendered[:cut], rendered[cut:]
+    # Some chat templates strip the message.
+    body = text.strip()
+    start = rendered.rfind(body)
+    if start < 0:
+        raise ValueError("the chat template changes the message's text; the end of the context cannot be located")
+    stripped = len(text) - len(text.lstrip())
+    cut = start + min(max(len(head) - stripped, 0), len(body))
+    return rendered[:cut], rendered[cut:]
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _encode_continuation(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokenises text that follows other text.
+
+    SentencePiece tokenizers put a space before whatever they are given. Behind an anchor that takes this space, the
+    text is tokenised as the continuation that it is.
+    """
+    anchor = _encode("\n", tokenizer)
+    if not anchor or not tokenizer.convert_ids_to_tokens(anchor)[0].startswith("▁"):
+        return _encode(text, tokenizer)
+    ids = _encode("\n" + text, tokenizer)
+    return ids[len(anchor) :] if ids[: len(anchor)] == anchor else _encode(text, tokenizer)
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself begins a text with BOS (Llama, Mistral) or not (Qwen2, SmolLM2)."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a").input_ids[:1] == [bos]

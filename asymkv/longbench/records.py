@@ -1,0 +1,131 @@
+"""A folder of measured records that several processes may fill, that survives a kill, and that holds one setting only.
+
+Each process appends to its own ``records-<shard>.jsonl`` and describes itself in ``run-<shard>.json``; a reader merges
+all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asymkv.longbench.files import write_atomic
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part ``index`` of ``count`` equal parts of the work."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Reads ``i/n``, i from 0."""
+        try:
+            index, count = (int(part) for part in text.split("/"))
+        except ValueError:
+            raise ValueError(f"a shard is written i/n, found {text!r}") from None
+        if not 0 <= index < count:
+            raise ValueError(f"shard {text!r}: i must be from 0 to n - 1")
+        return cls(index, count)
+
+    @property
+    def label(self) -> str:
+        """For file names."""
+        return f"{self.index}of{self.count}"
+
+
+class RecordFolder:
+    """Appends records, knows which exist, and refuses settings other than the folder's own.
+
+    Args:
+        folder: created if absent.
+        key: identifies a record; of two with the same key the first is kept.
+        shard: whose files this process writes.
+    """
+
+    def __init__(self, folder: str | Path, key: Callable[[Record], Hashable], shard: Shard | None = None) -> None:
+        self.folder = Path(folder)
+        self.key = key
+        label = (shard or Shard()).label
+        self.records_path = self.folder / f"records-{label}.jsonl"
+        self.run_path = self.folder / f"run-{label}.json"
+
+    def claim(self, settings: Record, conditions: Record) -> None:
+        """Writes this process's ``run-<shard>.json`` and cuts a half-written last line off its records.
+
+        Args:
+            settings: what the numbers depend on. Every entry that the folder already has must be equal; a None says
+                nothing, and the mapping under ``arms`` is compared arm by arm, so that arms may be added later.
+            conditions: of this session (machine, versions, date); added to those of earlier ones, not compared.
+
+        Raises:
+            ValueError: if the folder holds results of other settings; names them.
+        """
+        for run in self.runs():
+            differing = sorted(_conflicts(run["settings"], settings))
+            if differing:
+                raise ValueError(f"{self.folder} holds results of other settings: {', '.join(differing)} differ")
+        sessions: list[Record] = []
+        if self.run_path.exists():
+            earlier = json.loads(self.run_path.read_text(encoding="utf-8"))
+            settings, sessions = _merged(earlier["settings"], settings), earlier["sessions"]
+        run = {"settings": settings, "sessions": [*sessions, conditions]}
+        write_atomic(self.run_path, json.dumps(run, indent=2) + "\n")
+        if self.records_path.exists():
+            data = self.records_path.read_bytes()
+            os.truncate(self.records_path, data.rfind(b"\n") + 1)
+
+    def runs(self) -> list[Record]:
+        """The ``run-*.json`` of all processes."""
+        return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.folder.glob("run-*.json"))]
+
+    def append(self, record: Record) -> None:
+        """Adds one record, on disk when this returns."""
+        with self.records_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self) -> list[Record]:
+        """Records of all processes; what follows a file's last newline is a line still being written."""
+        found: dict[Hashable, Record] = {}
+        for path in sorted(self.folder.glob("records-*.jsonl")):
+            data = path.read_bytes()
+            for line in data[: data.rfind(b"\n") + 1].splitlines():
+                record = json.loads(line)
+                found.setdefault(self.key(record), record)
+        return list(found.values())
+
+    def done(self) -> set[Hashable]:
+        """Keys of all records."""
+        return {self.key(record) for record in self.read()}
+
+
+def merged_settings(runs: Iterable[Record]) -> Record:
+    """Settings of a folder: those of all its processes together."""
+    total: Record = {}
+    for run in runs:
+        total = _merged(total, run["settings"])
+    return total
+
+
+def _merged(old: Record, new: Record) -> Record:
+    known = {name: value for name, value in new.items() if value is not None}
+    return {**new, **old, **known, "arms": {**old.get("arms", {}), **new.get("arms", {})}}
+
+
+def _conflicts(old: Record, new: Record) -> Iterator[str]:
+    """Names of entries that both settings have, with different values."""
+    for name in old.keys() & new.keys() - {"arms"}:
+        if old[name] is not None and new[name] is not None and old[name] != new[name]:
+            yield name
+    arms, others = old.get("arms", {}), new.get("arms", {})
+    yield from (f"arms.{name}" for name in arms.keys() & others.keys() if arms[name] != others[name])

@@ -1,0 +1,295 @@
+"""Runs arms over datasets, alone or under torchrun, so that a killed run goes on where it stopped.
+
+Every arm has a folder of its own. Rank r measures rows r, r + world, ... and appends each record to its own file, on
+disk before the next row starts; when all ranks are through, rank 0 merges the files by row index, checks that every
+index is there, and writes one ``<dataset>.jsonl`` per dataset and ``run.json``. A folder takes one setting: another
+one is refused with the names of the keys that differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import logging
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asymkv.longbench import data, models
+from asymkv.longbench.arms import Arm
+from asymkv.longbench.data import Row, Task
+from asymkv.longbench.files import sha256, write_atomic
+from asymkv.longbench.measure import Protocol, Record, Subject, measure
+from asymkv.longbench.records import RecordFolder, Shard
+
+RUN_FILE = "run.json"
+# Ranks wait for the slowest one at the end only; that may take a long run's worth of time.
+BARRIER_TIMEOUT = datetime.timedelta(days=7)
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is run.
+
+    Args:
+        arms: the arms, one after the other.
+        tasks: prompt and answer length by dataset.
+        rows: rows by dataset, in the order of their indices.
+        protocol: how rows are measured.
+    """
+
+    arms: Sequence[Arm]
+    tasks: Mapping[str, Task]
+    rows: Mapping[str, Sequence[Row]]
+    protocol: Protocol
+
+    def share(self, dataset: str, ranks: Ranks) -> range:
+        """Row indices of one dataset that a rank measures."""
+        return range(ranks.rank, len(self.rows[dataset]), ranks.world)
+
+    def count(self, ranks: Ranks) -> int:
+        """Rows that a rank measures, over all arms."""
+        return len(self.arms) * sum(len(self.share(dataset, ranks)) for dataset in self.rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run, and the device it uses."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process merges and reports."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def distributed(device: str = "auto") -> Iterator[Ranks]:
+    """Joins the ranks that torchrun started (gloo on CPU, nccl on CUDA), or makes a run of one.
+
+    Args:
+        device: ``auto`` (an accelerator where there is one), ``cpu``, ``cuda``, ``cuda:1``, ... Under torchrun each
+            rank takes the accelerator of its local rank.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if device == "auto":
+        device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    chosen = torch.device(device)
+    if world == 1:
+        yield Ranks(0, 1, chosen)
+        return
+    if chosen.type != "cpu":
+        chosen = torch.device(chosen.type, int(os.environ["LOCAL_RANK"]))
+        torch.accelerator.set_device_index(chosen.index)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=BARRIER_TIMEOUT)
+    try:
+        yield Ranks(torch.distributed.get_rank(), world, chosen)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def wait_for_all(ranks: Ranks) -> None:
+    """Returns when every rank has come here."""
+    if ranks.world > 1:
+        torch.distributed.barrier(device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None)
+
+
+def run(
+    work: Work,
+    subject: Subject,
+    out_dir: str | Path,
+    ranks: Ranks,
+    *,
+    progress: Callable[[str, str], None] | None = None,
+) -> list[Path]:
+    """Measures what is missing and returns the arms' folders.
+
+    Args:
+        work: arms, datasets and protocol.
+        subject: the unpatched model and how it is prompted; each arm patches it and restores it.
+        out_dir: the arms' folders go here.
+        ranks: this process.
+        progress: called as (arm, dataset) after each row of this rank, those found done included.
+    """
+    folders = [Path(out_dir) / arm.name for arm in work.arms]
+    stores = [RecordFolder(folder, _key, Shard(ranks.rank, ranks.world)) for folder in folders]
+    for arm, store in zip(work.arms, stores, strict=True):
+        store.claim(run_settings(arm, work, subject), conditions(subject, ranks))
+    # Every refusal comes before the first row of any arm is measured.
+    wait_for_all(ranks)
+    for arm, store in zip(work.arms, stores, strict=True):
+        _run_arm(arm, store, work, subject, ranks, progress)
+    wait_for_all(ranks)
+    if ranks.is_main:
+        for arm, store in zip(work.arms, stores, strict=True):
+            merge(arm, store, work, subject, ranks)
+    wait_for_all(ranks)
+    return folders
+
+
+def _key(record: Record) -> tuple[str, int]:
+    return record["dataset"], record["index"]
+
+
+def _run_arm(
+    arm: Arm,
+    store: RecordFolder,
+    work: Work,
+    subject: Subject,
+    ranks: Ranks,
+    progress: Callable[[str, str], None] | None,
+) -> None:
+    import asymkv
+
+    done = store.done()
+    with asymkv.replace(subject.model.config.model_type, arm.config, model=subject.model):
+        for dataset, rows in work.rows.items():
+            for index in work.share(dataset, ranks):
+                if (dataset, index) not in done:
+                    start = time.perf_counter()
+                    record = measure(subject, arm, work.tasks[dataset], rows[index], work.protocol)
+                    elapsed = time.perf_counter() - start
+                    store.append({"index": index, "arm": arm.name, **record, "wall_seconds": elapsed})
+                if progress is not None:
+                    progress(arm.name, dataset)
+
+
+def merge(arm: Arm, store: RecordFolder, work: Work, subject: Subject, ranks: Ranks) -> None:
+    """Writes ``<dataset>.jsonl`` in row order and ``run.json``; raises where an index is missing or has another row."""
+    records = store.read()
+    for dataset, rows in work.rows.items():
+        merged = sorted((r for r in records if r["dataset"] == dataset), key=lambda r: r["index"])
+        if [(r["index"], r["_id"]) for r in merged] != [(i, row["_id"]) for i, row in enumerate(rows)]:
+            raise RuntimeError(f"{store.folder}: {dataset} has {len(merged)} records for {len(rows)} rows")
+        write_atomic(
+            store.folder / f"{dataset}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in merged)
+        )
+    report = {
+        "arm": arm.name,
+        "settings": run_settings(arm, work, subject),
+        "conditions": conditions(subject, ranks),
+        "results": summary(records),
+    }
+    write_atomic(store.folder / RUN_FILE, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+
+
+def summary(records: Sequence[Record]) -> Record:
+    """Totals of an arm: peak bytes, kept ratio, time spent, and rows with their digest by dataset."""
+    by_dataset: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda r: r["index"]):
+        by_dataset.setdefault(record["dataset"], []).append(record)
+    seconds = ("prefill_seconds", "question_seconds", "decode_seconds")
+    return {
+        "peak_kv_bytes": max((r["peak_bytes"] for r in records), default=0),
+        "kept_ratio": sum(r["kept_ratio"] for r in records) / max(len(records), 1),
+        "measured_seconds": sum(r.get(name, 0.0) for r in records for name in seconds),
+        "wall_seconds": sum(r["wall_seconds"] for r in records),
+        "datasets": {
+            name: {"rows": len(rows), "ids_sha256": data.ids_sha256(r["_id"] for r in rows)}
+            for name, rows in by_dataset.items()
+        },
+    }
+
+
+def run_settings(arm: Arm, work: Work, subject: Subject) -> Record:
+    """Everything that the numbers depend on, flat, so that a conflict names its key."""
+    settings = {
+        "model": subject.spec.path,
+        "max_length": subject.spec.max_length,
+        "chat_template": subject.spec.chat_template,
+        "stop_ids": sorted(subject.stop_ids),
+        "dtype": str(subject.model.dtype).removeprefix("torch."),
+        "device": subject.model.device.type,
+        "without_context": arm.bare,
+        "protocol": work.protocol.name,
+        "max_new_tokens": work.protocol.max_new_tokens,
+        "generate": work.protocol.generate,
+        "max_gold_tokens": work.protocol.max_gold_tokens,
+        **{f"config.{key}": value for key, value in arm.config.to_dict().items()},
+    }
+    for dataset, rows in work.rows.items():
+        task = work.tasks[dataset]
+        settings[f"rows.{dataset}"] = data.ids_sha256(row["_id"] for row in rows)
+        settings[f"prompt.{dataset}"] = sha256(f"{task.template}\n{task.max_new_tokens}".encode())
+    # None would mean "says nothing" to the record folder; an unset budget is a statement.
+    plain = json.loads(json.dumps(settings, default=str))
+    return {key: "none" if value is None else value for key, value in plain.items()}
+
+
+def conditions(subject: Subject, ranks: Ranks) -> Record:
+    """What is recorded but not compared: machine, versions, commit, date."""
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        "device_name": _device_name(subject.model.device),
+        "world_size": ranks.world,
+        "threads": torch.get_num_threads(),
+        "attention": subject.model.config._attn_implementation,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that this package runs from, marked where files differ from it; None if installed."""
+    folder = Path(__file__).resolve().parent
+    git = ["git", "-C", str(folder)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "."], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{head}-modified" if changed.strip() else head
+
+
+def load_subject(spec: models.ModelSpec, device: torch.device, dtype: str = "auto") -> Subject:
+    """Loads model and tokenizer.
+
+    Args:
+        spec: the model.
+        device: where it goes.
+        dtype: a torch dtype's name, or ``auto`` for the checkpoint's own.
+    """
+    model = models.load_model(spec, dtype=dtype, device=device)
+    tokenizer = models.load_tokenizer(spec)
+    return Subject(model, tokenizer, spec, models.stop_ids(spec, model, tokenizer))
+
+
+def load_rows(
+    datasets: Sequence[str],
+    *,
+    data_dir: str | Path | None = None,
+    max_samples: int | None = None,
+    embedded_options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, list[Row]]:
+    """Rows by dataset; ``embedded_options`` gives sizes by embedded task."""
+    options = embedded_options or {}
+    return {
+        name: data.load_rows(
+            name, data_dir=data_dir, max_samples=max_samples, embedded_options=dict(options.get(name, {}))
+        )
+        for name in datasets
+    }

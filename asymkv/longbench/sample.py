@@ -1,0 +1,149 @@
+"""The standing sample: a few rows of a few tasks, named by id, on which every arm is measured.
+
+The sample is a file of ids with a digest; the rows themselves stay where they are (``load_sample`` looks them up).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asymkv.longbench.data import Row, ids_sha256, load_rows
+
+STANDING_TASKS = ("needle", "trec", "qasper", "qmsum", "gov_report", "multi_news", "lcc")
+MAX_PROMPT_TOKENS = 3300
+ROWS_PER_TASK = 6
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Which rows are run.
+
+    Args:
+        tasks: row ids by task.
+        max_prompt_tokens: longer prompts are cut in the middle; None = the model's own limit.
+    """
+
+    tasks: dict[str, list[str]]
+    max_prompt_tokens: int | None
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the ids."""
+        return sample_sha256(self.tasks)
+
+
+def select_standing_sample(
+    data_dir: str | Path,
+    count_tokens: Callable[[str], int],
+    *,
+    tasks: Sequence[str] = STANDING_TASKS,
+    rows_per_task: int = ROWS_PER_TASK,
+    max_prompt_tokens: int = MAX_PROMPT_TOKENS,
+) -> dict[str, Any]:
+    """Chooses rows by rule, so that anybody with the same files gets the same ids.
+
+    Of the rows that share a context, the one with the longest first answer stands for it. Contexts of at most
+    ``max_prompt_tokens`` tokens are spread evenly over their length, or over the planted fact's depth where rows have
+    one (lengths taking turns). A task with too few of them gives all it has and its next longer ones, whose prompts
+    are then cut in the middle to ``max_prompt_tokens``.
+
+    Args:
+        data_dir: folder of ``<task>.jsonl``.
+        count_tokens: length of a text in tokens.
+        tasks: the tasks, in the file's order.
+        rows_per_task: rows of each.
+        max_prompt_tokens: longest prompt when the sample is run.
+
+    Returns:
+        The content of a sample file: limits, ids by task, and their sha256.
+    """
+    chosen = {}
+    for task in tasks:
+        sized = [(count_tokens(row["context"]), row) for row in _one_per_context(load_rows(task, data_dir=data_dir))]
+        sized.sort(key=lambda pair: (pair[0], pair[1]["_id"]))
+        if len(sized) < rows_per_task:
+            raise ValueError(f"{task} has {len(sized)} different contexts, {rows_per_task} rows are wanted")
+        fitting = [pair for pair in sized if pair[0] <= max_prompt_tokens]
+        pool = fitting if len(fitting) >= rows_per_task else sized[:rows_per_task]
+        chosen[task] = [row["_id"] for row in _spread([row for _, row in pool], rows_per_task)]
+    return {"max_prompt_tokens": max_prompt_tokens, "sha256": sample_sha256(chosen), "tasks": chosen}
+
+
+def _one_per_context(rows: Sequence[Row]) -> list[Row]:
+    best: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: (-len(row["answers"][0]), row["_id"])):
+        if row["answers"][0].strip():
+            best.setdefault(row["context"], row)
+    return list(best.values())
+
+
+def _evenly(count: int, total: int) -> list[int]:
+    """``count`` indices spread evenly over range(total), both ends included."""
+    return [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
+
+
+def _spread(rows: list[Row], count: int) -> list[Row]:
+    """``count`` of rows that come sorted by length: evenly over depth where they have one, else over length."""
+    by_depth: dict[Any, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_depth[row.get("depth")].append(row)
+    if None in by_depth or len(by_depth) < count:
+        return [rows[i] for i in _evenly(count, len(rows))]
+    picked = [by_depth[sorted(by_depth)[i]] for i in _evenly(count, len(by_depth))]
+    return [group[turn % len(group)] for turn, group in enumerate(picked)]
+
+
+def sample_sha256(tasks: Mapping[str, Sequence[str]]) -> str:
+    """Digest of the ids of all tasks, each as ``task/id``, in the file's order."""
+    return ids_sha256(f"{task}/{row_id}" for task, ids in tasks.items() for row_id in ids)
+
+
+def read_sample(path: str | Path) -> Sample:
+    """Reads a sample file.
+
+    Raises:
+        ValueError: if the ids do not have the file's sha256.
+    """
+    table = json.loads(Path(path).read_text(encoding="utf-8"))
+    found = sample_sha256(table["tasks"])
+    if found != table["sha256"]:
+        raise ValueError(f"{Path(path).name}: the ids have sha256 {found}, the file says {table['sha256']}")
+    return Sample(table["tasks"], table["max_prompt_tokens"])
+
+
+def pick_sample(source: str | Path, tasks: Sequence[str] | None, data_dir: str | Path | None) -> Sample:
+    """The sample of a file, or ``"all"`` rows of the named tasks at the model's own prompt limit.
+
+    Args:
+        source: a sample file, or ``"all"``.
+        tasks: only these tasks of the file; required for ``"all"``.
+        data_dir: folder of ``<task>.jsonl``, or None for the embedded tasks and the hub.
+
+    Raises:
+        ValueError: for a task that the file does not have.
+    """
+    if source == "all":
+        return Sample({task: [row["_id"] for row in load_rows(task, data_dir=data_dir)] for task in tasks or ()}, None)
+    sample = read_sample(source)
+    unknown = sorted(set(tasks or ()) - set(sample.tasks))
+    if unknown:
+        raise ValueError(f"{Path(source).name} has no tasks {unknown}; it has {', '.join(sample.tasks)}")
+    return Sample({task: sample.tasks[task] for task in tasks or sample.tasks}, sample.max_prompt_tokens)
+
+
+def load_sample(sample: Sample, data_dir: str | Path | None, *, max_rows: int | None = None) -> list[tuple[str, Row]]:
+    """(task, row) of a sample, the tasks taking turns, so that a part of a run covers all of them.
+
+    Args:
+        sample: the ids.
+        data_dir: folder of ``<task>.jsonl``, or None for the embedded tasks and the hub.
+        max_rows: only the first so many of each task.
+    """
+    columns = {task: load_rows(task, data_dir=data_dir, row_ids=ids[:max_rows]) for task, ids in sample.tasks.items()}
+    longest = max((len(rows) for rows in columns.values()), default=0)
+    return [(task, rows[i]) for i in range(longest) for task, rows in columns.items() if i < len(rows)]

