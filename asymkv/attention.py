@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from asymkv.cache import CompressedCache, Step
 from asymkv.layer import CompressedLayer
@@ -17,7 +18,7 @@ from asymkv.view import RowView
 
 
 def attention_forward(
-    adapter: FamilyAdapter, module: nn.Module, hidden: Tensor, cache: CompressedCache
+    adapter: FamilyAdapter, module: Any, hidden: Tensor, cache: CompressedCache
 ) -> tuple[Tensor, None]:
     """Stands in for a family's attention ``forward`` on a :class:`CompressedCache`.
 
@@ -98,7 +99,8 @@ def _make_room(cache: CompressedCache, layer: CompressedLayer, step: Step, scale
         return  # no decode query to judge by: the chunk's own will
     if "attention" in needs:
         _flush(cache, layer, scale)
-    compact_due(cache, layer, step, *((ring.queries, ring.positions) if ring is not None else (None, None)), scale)
+    queries, positions = (None, None) if ring is None else (ring.queries, ring.positions)
+    compact_due(cache, layer, step, queries, positions, scale)
 
 
 def compact_due(
@@ -175,7 +177,7 @@ def _taped(
 def _concatenate(past: RowView, new: RowView) -> RowView:
     """Rows of two views, one behind the other."""
     names = ("keys", "values", "cardinality", "positions", "rotary_positions", "valid")
-    joined = {n: torch.cat([getattr(past, n), getattr(new, n)], dim=2) for n in names}
+    joined: dict[str, Any] = {n: torch.cat([getattr(past, n), getattr(new, n)], dim=2) for n in names}
     return RowView(
         **joined, lengths=past.lengths, budget=past.budget, tokens=past.tokens, prompt=True, scale=past.scale,
         rope=past.rope,

@@ -46,12 +46,13 @@ class Step:
     tape: dict[int, Any] | None = None
     store: bool = True
     compacted: bool = False
-    _copies: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict)
+    _copies: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """``positions, cos, sin`` on a layer's device."""
         if device not in self._copies:
-            self._copies[device] = tuple(x.to(device) for x in (self.positions, *self.tables))
+            cos, sin = self.tables
+            self._copies[device] = self.positions.to(device), cos.to(device), sin.to(device)
         return self._copies[device]
 
     @property
@@ -71,6 +72,8 @@ class CompressedCache(Cache):
         dtype: of keys and values (for byte budgets).
         rope: the model's rotary embedding.
     """
+
+    layers: list[CompressedLayer]  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -179,7 +182,8 @@ class CompressedCache(Cache):
         return not self.config.options.compresses
 
     def __repr__(self) -> str:
-        return f"CompressedCache({self.config.describe()}, tokens_seen={self.tokens_seen.tolist()}, rows<={self.max_rows()})"
+        seen = self.tokens_seen.tolist()
+        return f"CompressedCache({self.config.describe()}, tokens_seen={seen}, rows<={self.max_rows()})"
 
     # -- budgets -------------------------------------------------------------------------------------------------
     def expect_prompt(self, new_tokens: list[int]) -> None:

@@ -180,7 +180,7 @@ def _make_method(name: str, options: dict[str, Any]) -> Method:
     from asymkv.methods import get_method
 
     cls = get_method(name)
-    known = [p for p in inspect.signature(cls).parameters]
+    known = list(inspect.signature(cls).parameters)
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from asymkv.attention import TapeEntry, compact_due
 from asymkv.cache import CompressedCache, Step
@@ -24,7 +25,7 @@ def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def loss_chunk(
     adapter: FamilyAdapter,
-    lm: nn.Module,
+    lm: PreTrainedModel,
     cache: CompressedCache,
     step: Step,
     forward: Callable[[Step], Any],
@@ -59,7 +60,12 @@ def loss_chunk(
 
 
 def replay_chunk(
-    adapter: FamilyAdapter, lm: nn.Module, cache: CompressedCache, step: Step, forward: Callable[[Step], Any], ids: Tensor
+    adapter: FamilyAdapter,
+    lm: PreTrainedModel,
+    cache: CompressedCache,
+    step: Step,
+    forward: Callable[[Step], Any],
+    ids: Tensor,
 ) -> Any:
     """The released AsymKV code's order: the past is judged by the chunk and compacted, then the chunk runs on it.
 
@@ -85,9 +91,10 @@ def replay_chunk(
 
 
 def _compact_judged(
-    cache: CompressedCache, layer: CompressedLayer, entry: TapeEntry, gradient: Tensor, budget: list[int | None]
+    cache: CompressedCache, layer: CompressedLayer, entry: TapeEntry, gradient: Tensor | None, budget: list[int | None]
 ) -> None:
     """Compacts the past by the attention and gradients of a chunk that is not stored."""
+    assert gradient is not None  # there is a past: it exceeds its budget
     view = layer.view(cache.rope, entry.view.scale)
     past = view.valid.shape[-1]
     mass = attention_mass(entry.view, per_query_head=True)[..., :past]
@@ -98,7 +105,7 @@ def _compact_judged(
 
 
 def _token_losses(
-    adapter: FamilyAdapter, lm: nn.Module, hidden: Tensor, ids: Tensor, following: list[int]
+    adapter: FamilyAdapter, lm: PreTrainedModel, hidden: Tensor, ids: Tensor, following: list[int]
 ) -> Tensor:
     """Cross-entropy of the next token, summed per row ``[B]``, over positions whose next token is in ``ids``."""
     width = min(hidden.shape[1], ids.shape[1] - 1)
@@ -117,8 +124,8 @@ def _key_gradients(loss: Tensor, tape: dict[int, TapeEntry]) -> dict[int, tuple[
     found = iter(torch.autograd.grad(loss, keys, allow_unused=True))
     out: dict[int, tuple[Tensor | None, Tensor]] = {}
     for index, entry in tape.items():
-        pair = [None if k is None else _or_zeros(next(found), k) for k in (entry.past_keys, entry.new_keys)]
-        out[index] = (pair[0], pair[1])
+        past = None if entry.past_keys is None else _or_zeros(next(found), entry.past_keys)
+        out[index] = (past, _or_zeros(next(found), entry.new_keys))
     return out
 
 
@@ -143,7 +150,7 @@ def _store_fisher(
     kept = torch.tensor([c * d for c, d in zip(step.counts, due, strict=True)], device=storage.device)
     counts = kept.repeat_interleave(layer.kv_heads)[:, None]
     parts = [(new, entry.new_rotary, before, counts)]
-    if past is not None:
+    if past is not None and entry.past_rotary is not None:
         parts.append((past, entry.past_rotary, torch.zeros_like(before), before * (counts > 0)))
     for gradient, rotary, offset, rows in parts:
         square = cache.rope.rotate(gradient.float() if dtype != torch.float64 else gradient, -rotary).square()

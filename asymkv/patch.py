@@ -1,8 +1,8 @@
 """Makes plain ``model.generate`` run on a compressed cache, reversibly.
 
-Three callables per family are wrapped: the attention's ``forward`` (acts only on a :class:`CompressedCache`), the causal
-LM's ``forward`` (an absent cache becomes ours) and ``_prepare_cache_for_generation`` (returns ours when the user passed
-none). A cache that the user passes runs the original code, bit for bit.
+Three callables per family are wrapped: the attention's ``forward`` (acts only on a :class:`CompressedCache`), the
+causal LM's ``forward`` (an absent cache becomes ours) and ``_prepare_cache_for_generation`` (returns ours when the user
+passed none). A cache that the user passes runs the original code, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from asymkv.attention import attention_forward
 from asymkv.cache import CompressedCache
@@ -64,7 +65,7 @@ class PatchHandle:
         if self in _active:
             _active.remove(self)
 
-    def new_cache(self, lm: nn.Module) -> CompressedCache:
+    def new_cache(self, lm: PreTrainedModel) -> CompressedCache:
         """An empty cache for a model of this family.
 
         Raises:
@@ -104,7 +105,7 @@ class PatchHandle:
         if isinstance(target, type):
             original = getattr(target, name)
             own = name in vars(target)
-            wrapper = functools.wraps(original)(make(original))
+            wrapper: Any = functools.wraps(original)(make(original))
         else:
             # accelerate keeps the forward that its hook calls under another name.
             name = "_old_forward" if name == "forward" and hasattr(target, "_old_forward") else name
@@ -129,7 +130,7 @@ class PatchHandle:
         return forward
 
     def _lm(self, original: Callable) -> Callable:
-        def forward(lm: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def forward(lm: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
             if not self.active:
                 return original(lm, *args, **kwargs)
             given = bind_forward(original, lm, args, kwargs)
@@ -141,7 +142,7 @@ class PatchHandle:
                     return original(lm, *args, **kwargs)
                 if attentions and use_cache is None:
                     return original(lm, *args, **{**kwargs, "use_cache": False})
-                cache = None if attentions else self.new_cache(lm)
+                cache = self.new_cache(lm)
             elif not isinstance(cache, CompressedCache):
                 return original(lm, *args, **kwargs)
             if attentions:
@@ -152,7 +153,7 @@ class PatchHandle:
         return forward
 
     def _prepare(self, original: Callable) -> Callable:
-        def prepare(lm: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def prepare(lm: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
             if not self.active:
                 return original(lm, *args, **kwargs)
             generation, given, mode = generation_request(args, kwargs)
@@ -170,7 +171,7 @@ class PatchHandle:
 
         return prepare
 
-    def _cache_for_generation(self, lm: nn.Module, generation: Any, mode: Any) -> CompressedCache:
+    def _cache_for_generation(self, lm: PreTrainedModel, generation: Any, mode: Any) -> CompressedCache:
         if generation.cache_implementation is not None:
             raise ValueError(
                 f"cache_implementation={generation.cache_implementation!r} asks for a cache of transformers, the patch "
@@ -180,7 +181,7 @@ class PatchHandle:
         return self.new_cache(lm)
 
     def _repr(self, original: Callable) -> Callable:
-        def extra_repr(lm: nn.Module) -> str:
+        def extra_repr(lm: PreTrainedModel) -> str:
             if not self.active:
                 return original(lm)
             return "\n".join(filter(None, [original(lm), f"asymkv: {self.config.describe()}"]))

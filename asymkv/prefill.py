@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from asymkv import curvature
 from asymkv.cache import CompressedCache, Step
@@ -77,7 +78,7 @@ class Call:
     extra: dict[str, Any]
 
 
-def run(adapter: FamilyAdapter, lm: nn.Module, cache: CompressedCache, given: dict[str, Any]) -> Any:
+def run(adapter: FamilyAdapter, lm: PreTrainedModel, cache: CompressedCache, given: dict[str, Any]) -> Any:
     """A causal LM's forward on a compressed cache; returns what the stock forward returns."""
     _check_mode(lm, cache)
     call = parse(cache, given)
@@ -103,7 +104,7 @@ def parse(cache: CompressedCache, given: dict[str, Any]) -> Call:
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
-    inputs = ids if ids is not None else embeds
+    inputs: Tensor = given["inputs_embeds" if ids is None else "input_ids"]
     batch, columns = inputs.shape[:2]
     if columns == 0 or batch == 0:
         raise ValueError(f"empty prompt: input of shape {tuple(inputs.shape)} holds no token")
@@ -118,7 +119,7 @@ def parse(cache: CompressedCache, given: dict[str, Any]) -> Call:
     return Call(inputs, ids is None, layout, given.get("labels"), 0 if keep is None else keep, extra)
 
 
-def _check_mode(lm: nn.Module, cache: CompressedCache) -> None:
+def _check_mode(lm: PreTrainedModel, cache: CompressedCache) -> None:
     if lm.training and torch.is_grad_enabled():
         raise ValueError("a compressed cache is not differentiable: pass use_cache=False to train, or model.eval()")
     if "loss" in cache.config.options.needs and torch.is_inference_mode_enabled():
@@ -131,8 +132,8 @@ def _new_columns(mask: Tensor | None, past: int, batch: int, columns: int) -> Te
         return None
     if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] != past + columns:
         raise ValueError(
-            f"attention_mask must be 2D, [{batch}, {past + columns}] (columns seen before, {past}, and new, {columns}); "
-            f"found {tuple(mask.shape)}"
+            f"attention_mask must be 2D, [{batch}, {past + columns}] (columns seen before, {past}, and new, {columns})"
+            f"; found {tuple(mask.shape)}"
         )
     return mask[:, past:].bool()
 
@@ -154,7 +155,7 @@ def _check_positions(cache: CompressedCache, layout: Layout, position_ids: Tenso
 
 
 def _decode_all(
-    adapter: FamilyAdapter, lm: nn.Module, cache: CompressedCache, call: Call
+    adapter: FamilyAdapter, lm: PreTrainedModel, cache: CompressedCache, call: Call
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     """Runs all chunks; hidden states of the kept columns, and all layers' states if asked for."""
     layout = call.layout
@@ -170,8 +171,8 @@ def _decode_all(
     hidden, states, compacted = None, None, False
     for begin, end in _chunks(max(layout.counts), cache.config.chunk):
         counts = [min(max(n - begin, 0), end - begin) for n in layout.counts]
-        cut = (positions[:, begin:end], *(x[:, begin:end] for x in tables))
-        step = Step(counts, cut[0], cut[1:], cache.chunk_budget(counts, prompt), prompt=any(prompt))
+        cut = (tables[0][:, begin:end], tables[1][:, begin:end])
+        step = Step(counts, positions[:, begin:end], cut, cache.chunk_budget(counts, prompt), prompt=any(prompt))
         out = _run_chunk(adapter, lm, cache, call, step, begin, end)
         compacted |= step.compacted
         cache.compactions += step.compacted
@@ -204,7 +205,7 @@ def _collect_states(
 
 
 def _run_chunk(
-    adapter: FamilyAdapter, lm: nn.Module, cache: CompressedCache, call: Call, step: Step, begin: int, end: int
+    adapter: FamilyAdapter, lm: PreTrainedModel, cache: CompressedCache, call: Call, step: Step, begin: int, end: int
 ) -> Any:
     """One chunk through the decoder, with the extra passes that the method needs."""
     needs = cache.config.options.needs
@@ -235,7 +236,7 @@ def _run_chunk(
 
 
 @contextmanager
-def frozen(lm: nn.Module) -> Iterator[None]:
+def frozen(lm: PreTrainedModel) -> Iterator[None]:
     """Weights without requires_grad, so that a backward pass keeps no activation for their sake; undone on leaving."""
     trainable = [p for p in lm.parameters() if p.requires_grad]
     for p in trainable:

@@ -6,6 +6,8 @@ together with ``d + D/2`` by the angle ``position * inv_freq[d]``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +35,7 @@ class Rope:
     """
 
     def __init__(self, rotary: nn.Module) -> None:
-        self.rotary = rotary
+        self.rotary: Any = rotary
         self.rope_type: str = getattr(rotary, "rope_type", "default")
 
     def tables(self, positions: Tensor, dtype: torch.dtype, *, per_row: bool = True) -> tuple[Tensor, Tensor]:

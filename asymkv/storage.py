@@ -1,9 +1,9 @@
 """Flattened rows of many heads, with spare capacity.
 
-N heads (batch x KV heads) share one buffer per column; head h occupies ``[start[h], start[h] + length[h])`` and may grow
-in place up to ``capacity[h]``. Columns: keys, values, cardinality (int32), log_n (fp32, derived), position (int32), and
-any statistics that ride along. Spare rows hold cardinality 1, log_n 0 and statistics 0, so that an append writes only
-keys, values and positions.
+N heads (batch x KV heads) share one buffer per column; head h occupies ``[start[h], start[h] + length[h])`` and may
+grow in place up to ``capacity[h]``. Columns: keys, values, cardinality (int32), log_n (fp32, derived), position
+(int32), and any statistics that ride along. Spare rows hold cardinality 1, log_n 0 and statistics 0, so that an
+append writes only keys, values and positions.
 """
 
 from __future__ import annotations

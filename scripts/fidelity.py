@@ -79,8 +79,8 @@ def write_sample(args: argparse.Namespace, spec: models.ModelSpec) -> None:
 
 def measure(
     args: argparse.Namespace, spec: models.ModelSpec, experiment: fidelity.Experiment, out: RecordFolder
-) -> None:
-    """Runs what the folder lacks of this process's shard."""
+) -> dict[str, str]:
+    """Runs what the folder lacks of this process's shard; returns the arms that were refused, and why."""
     sample = pick_sample(args.sample or experiment.sample, args.tasks, args.data_dir)
     rows = load_sample(sample, args.data_dir, max_rows=args.max_rows)
     tasks = load_tasks(sample.tasks, args.longbench_config)
@@ -101,6 +101,7 @@ def measure(
     for window in tqdm(windows[mine], desc="texts", disable=not windows):
         for name in run.run_window(window, cells):
             tqdm.write(f"{window.text} {window.index} {name}", file=sys.stderr)
+    return run.refused
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -115,9 +116,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     experiment = fidelity.load_experiment(args.experiment)
     out = RecordFolder(args.out, fidelity.record_key, args.shard)
-    if not args.report_only:
-        measure(args, spec, experiment, out)
+    refused = {} if args.report_only else measure(args, spec, experiment, out)
     print(write_report(out, experiment))
+    if refused:
+        raise SystemExit("not measured:\n" + "\n".join(f"{arm}: {why}" for arm, why in refused.items()))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 import asymkv
 from asymkv import CompressionConfig
 from asymkv.longbench import files
-from asymkv.longbench.arms import FULL, NONE, Arm, check_stored
+from asymkv.longbench.arms import FULL, NONE, Arm, StoredTooMuchError, check_stored
 from asymkv.longbench.data import Row, Task
 from asymkv.longbench.measure import Protocol, Subject, measure
 from asymkv.longbench.measure import _stored as stored
@@ -174,6 +174,9 @@ def without_context() -> Arm:
 class FidelityRun:
     """Measures cells on one model and appends what it finds to a folder.
 
+    An arm that stores more than its settings allow is not recorded and not run again; ``refused`` says why, by arm, so
+    that the others of a long run are still measured.
+
     Args:
         subject: an unpatched model, and how it is prompted.
         protocol: what is in view while the cache is compressed, see ``asymkv.longbench.retention``.
@@ -185,9 +188,11 @@ class FidelityRun:
         self.protocol = protocol
         self.folder = folder
         self.done = folder.done()
+        self.refused: dict[str, str] = {}
 
     def missing(self, kind: str, dataset: str, item: str, cells: Sequence[Arm]) -> list[Arm]:
-        """Cells without a record of this row or window."""
+        """Cells without a record of this row or window, those of refused arms left out."""
+        cells = [cell for cell in cells if cell.name not in self.refused]
         return [cell for cell in cells if _key(kind, dataset, item, cell) not in self.done]
 
     def _save(self, kind: str, dataset: str, item: str, cell: Arm, values: Record) -> None:
@@ -195,9 +200,16 @@ class FidelityRun:
         self.folder.append({**dict(zip(KEY_FIELDS, key, strict=True)), **values})
         self.done.add(key)
 
-    def _patched(self, cell: Arm) -> AbstractContextManager[Any]:
+    @contextmanager
+    def _patched(self, cell: Arm) -> Iterator[None]:
+        """The model under a cell's configuration; takes note of the cell's refusal."""
         model = self.subject.model
-        return asymkv.replace(model.config.model_type, cell.config, model=model)
+        with asymkv.replace(model.config.model_type, cell.config, model=model):
+            try:
+                yield
+            except StoredTooMuchError as error:
+                self.refused[cell.name] = str(error)
+                logger.error("%s is not measured: %s", cell.name, error)
 
     def run_row(self, task: Task, row: Row, cells: Sequence[Arm]) -> Iterator[str]:
         """Measures what is missing of one row; yields each cell's name before its turn.
@@ -206,13 +218,15 @@ class FidelityRun:
         """
         protocol = Protocol(self.protocol, generate="depth" in row, max_gold_tokens=task.max_new_tokens)
         for cell in self.missing("row", task.dataset, row["_id"], [without_context(), *cells]):
+            if cell.name in self.refused:
+                continue
             yield cell.name
             with self._patched(cell):
                 record = measure(self.subject, cell, task, row, protocol)
-            values = {name: record[name] for name in ROW_FIELDS if name in record}
-            if protocol.generate:
-                values["found"] = contains_answer(record["pred"], row["answers"])
-            self._save("row", task.dataset, row["_id"], cell, values)
+                values = {name: record[name] for name in ROW_FIELDS if name in record}
+                if protocol.generate:
+                    values["found"] = contains_answer(record["pred"], row["answers"])
+                self._save("row", task.dataset, row["_id"], cell, values)
 
     def run_window(self, window: Window, cells: Sequence[Arm]) -> Iterator[str]:
         """Measures what is missing of one window against the full cache; yields as ``run_row`` does."""
@@ -220,13 +234,15 @@ class FidelityRun:
         full = [cell for cell in cells if not cell.config.options.compresses]
         reference: Tensor | None = None
         for cell in [*full, *(cell for cell in missing if cell not in full)] if missing else ():
+            if cell.name in self.refused:
+                continue
             yield cell.name
             with self._patched(cell):
                 logits, values = self._continue(cell, window)
-            reference = logits if reference is None else reference
-            if cell in missing:
-                values |= dataclasses.asdict(continuation_score(logits, reference, window.targets))
-                self._save("window", window.text, str(window.index), cell, values)
+                reference = logits if reference is None else reference
+                if cell in missing:
+                    values |= dataclasses.asdict(continuation_score(logits, reference, window.targets))
+                    self._save("window", window.text, str(window.index), cell, values)
 
     def _continue(self, cell: Arm, window: Window) -> tuple[Tensor, Record]:
         """Logits of a window's targets behind its compressed prefix, and what that stores."""

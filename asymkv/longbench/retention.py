@@ -175,7 +175,8 @@ def pooled_ratio(
     Context retention of a task is (sum of NLL_none - NLL_method) / (sum of NLL_none - NLL_full) over its rows, not the
     mean of the rows' own R: a row that hardly depends on its context has a denominator near 0 and would drown the rest.
     The interval is a percentile bootstrap that redraws rows within tasks, and the tasks stay fixed; a draw uses the
-    same rows for numerator and denominator. The same seed and group sizes draw the same rows.
+    same rows for numerator and denominator. The same seed and group sizes draw the same rows. One row a task has no
+    interval (NaN).
 
     Args:
         groups: task to rows [n, 2] of (numerator, denominator).
@@ -200,6 +201,8 @@ def pooled_ratio(
     means = np.nanmean(table[:, ~np.isnan(table).all(0)], axis=0)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     value = float(np.nanmean(list(by_task.values())))
+    if max(len(rows) for rows in groups.values()) < 2:
+        low = high = np.nan
     return Estimate(value, float(low), float(high), by_task, count)
 
 

@@ -33,22 +33,22 @@ class FamilyAdapter:
         """The causal LM class of transformers (imported on demand)."""
         return getattr(importlib.import_module(self.module), self.causal_lm)
 
-    def project(self, attention: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values before RoPE: ``[B, H, t, D]``, ``[B, H_kv, t, D]``, ``[B, H_kv, t, D]``."""
         shape = (*hidden.shape[:-1], -1, attention.head_dim)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         q, k, v = (p(hidden).view(shape).transpose(1, 2) for p in projections)
         return q, k, v
 
-    def decoder(self, lm: nn.Module) -> nn.Module:
+    def decoder(self, lm: Any) -> nn.Module:
         """The decoder stack: returns hidden states after the final norm."""
         return lm.model
 
-    def rotary(self, lm: nn.Module) -> nn.Module:
+    def rotary(self, lm: Any) -> nn.Module:
         """The rotary embedding module."""
         return lm.model.rotary_emb
 
-    def logits(self, lm: nn.Module, hidden: Tensor) -> Tensor:
+    def logits(self, lm: Any, hidden: Tensor) -> Tensor:
         """Logits of hidden states ``[B, t, hidden_size]``."""
         return lm.lm_head(hidden)
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from asymkv.longbench import fidelity, fidelity_report, sample
+from asymkv.longbench.arms import StoredTooMuchError
 from asymkv.longbench.records import RecordFolder, Shard
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "fidelity.py"
@@ -155,6 +156,24 @@ def test_max_rows_and_arms_limit_a_smoke_run(folder, tmp_path):
     run(folder, tmp_path, "--max-rows", "1", "--tasks", "needle", "--arms", "window")
     assert {key[3] for key in values(tmp_path)} == {"none", "full", "window"}
     assert {key[2] for key in values(tmp_path)} == {"row0"}
+
+
+def test_an_arm_that_stores_too_much_is_left_out_and_named(folder, tmp_path, monkeypatch):
+    measure = fidelity.measure
+
+    def leaky(subject, arm, *rest):
+        if arm.name == "window":
+            raise StoredTooMuchError("window holds everything")
+        return measure(subject, arm, *rest)
+
+    monkeypatch.setattr(fidelity, "measure", leaky)
+    with pytest.raises(SystemExit, match="window holds everything"):
+        run(folder, tmp_path, "--max-rows", "1")
+    assert {key[3] for key in values(tmp_path)} == {"none", "full", "merge"}
+    assert (tmp_path / "results.md").exists()
+    monkeypatch.undo()
+    run(folder, tmp_path, "--max-rows", "1")
+    assert {key[3] for key in values(tmp_path)} == {"none", "full", "merge", "window"}
 
 
 def fixture_record(task, item, arm, ratio, nll, nbytes):

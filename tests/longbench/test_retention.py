@@ -53,6 +53,7 @@ def test_a_task_that_its_context_does_not_help_is_nan_and_left_out():
     found = retention.pooled_ratio(groups)
     assert math.isnan(found.by_task["useless"])
     assert found.value == 0.5
+    assert math.isnan(found.low) and math.isnan(found.high)  # one row a task says nothing about its spread
     assert math.isnan(retention.pooled_ratio({"useless": np.array([[0.5, -0.1]])}).value)
 
 

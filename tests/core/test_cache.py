@@ -1,0 +1,165 @@
+"""CompressedCache: introspection, bytes, history, batch."""
+
+import pytest
+import torch
+from tiny_models import assert_close, assert_same_rows, prompt, tiny_model
+
+import asymkv
+
+SMALL = {"budget": 48, "chunk_size": 32, "decode_interval": 8}
+
+
+@pytest.fixture
+def model():
+    return tiny_model()
+
+
+def run(model, length=150, batch=1, **settings):
+    with asymkv.replace("llama", model=model, **{**SMALL, **settings}):
+        return model(prompt(length, batch)).past_key_values
+
+
+def step(model, cache, tokens):
+    with asymkv.replace("llama", model=model, **SMALL):
+        return model(tokens, past_key_values=cache).logits
+
+
+def test_nbytes_counts_every_storage_it_owns(model):
+    cache = run(model, method="h2o", batch=2)
+    step(model, cache, prompt(1, 2))
+    owned = set()
+    for layer in cache.layers:
+        tensors = [*layer.storage.columns.values(), *layer.storage._tables.values()]
+        tensors += [layer.ring.queries, layer.ring.positions]
+        owned |= {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors}
+    assert cache.nbytes == sum(size for _, size in owned) == cache.stats()["nbytes"]
+    assert cache.peak_nbytes >= cache.nbytes - sum(layer.ring.nbytes for layer in cache.layers)
+
+
+@pytest.mark.parametrize("budget", [48, 200, 1000])
+def test_slack_after_a_compaction(model, budget):
+    cache = run(model, length=1200, budget=budget, chunk_size=300)
+    for layer in cache.layers:
+        for n, capacity in zip(layer.storage.length, layer.storage.capacity, strict=True):
+            assert n == budget and capacity - n <= max(16, 0.125 * n)
+
+
+def test_decode_appends_in_place(model):
+    cache = run(model)
+    before = cache.layers[0].storage.columns["keys"].data_ptr()
+    for i in range(7):
+        step(model, cache, prompt(1, seed=i))
+    assert cache.layers[0].storage.columns["keys"].data_ptr() == before and cache.num_rows(0).tolist() == [[55, 55]]
+
+
+def test_decode_interval_zero_never_compacts(model):
+    cache = run(model, decode_interval=0)
+    compactions = cache.compactions
+    for i in range(30):
+        step(model, cache, prompt(1, seed=i))
+    assert cache.num_rows(0).tolist() == [[78, 78]] and cache.compactions == compactions
+
+
+def test_rows_are_introspected_by_ascending_position(model):
+    cache = run(model, batch=2)
+    for layer in range(2):
+        rows = cache.num_rows(layer)
+        for b in range(2):
+            for h in range(2):
+                position, n = cache.positions(layer)[b][h], cache.cardinality(layer)[b][h]
+                assert position.dtype == n.dtype == torch.int64 and (position.diff() > 0).all()
+                assert torch.equal(position, n.cumsum(0) - 1)  # asymkv: every token stands in some row
+                shape = (int(rows[b, h]), 16)
+                assert cache.keys(layer)[b][h].shape == cache.values(layer)[b][h].shape == shape
+
+
+def test_full_method_stores_every_token_as_it_is(model):
+    cache = run(model, method="full", chunk_size=None)
+    stock = model(prompt(150)).past_key_values
+    for layer in range(2):
+        assert_close("keys", stock.layers[layer].keys[0], torch.stack(cache.keys(layer)[0]), 1e-6)
+    assert cache.is_croppable and cache.stats()["kept_ratio"] == 1.0
+
+
+def test_crop_takes_back_what_decode_appended(model):
+    cache = run(model)
+    fork = cache.fork()
+    first = step(model, cache, torch.tensor([[7]]))
+    for i in range(4):
+        step(model, cache, prompt(1, seed=i))
+    cache.crop(-5)
+    assert cache.get_seq_length() == 150 and cache.tokens_seen.tolist() == [150]
+    assert_same_rows(cache, fork)
+    assert_close("logits", first, step(model, cache, torch.tensor([[7]])), 1e-6)
+
+
+def test_crop_never_reaches_behind_a_compaction(model):
+    cache = run(model)
+    for i in range(10):  # the eighth compacts
+        step(model, cache, prompt(1, seed=i))
+    with pytest.raises(ValueError, match="from 0 to the 2 columns"):
+        cache.crop(-3)
+    with pytest.raises(ValueError, match="found 3"):
+        cache.crop(3)
+    cache.crop(-2)
+    assert not cache.is_croppable and cache.tokens_seen.tolist() == [158]
+
+
+def test_fork_is_independent_and_equal(model):
+    cache = run(model)
+    fork = cache.fork()
+    a, b = (step(model, c, torch.tensor([[9]])) for c in (cache, fork))
+    assert torch.equal(a, b)
+    step(model, fork, prompt(40))
+    assert cache.tokens_seen.tolist() == [151] and fork.tokens_seen.tolist() == [191]
+
+
+def test_reorder_select_and_repeat(model):
+    cache = run(model, batch=3)
+    alone = cache.fork()
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    for row, source in enumerate([2, 0, 0]):
+        assert_same_rows(alone, cache, row_a=source, row_b=row)
+    cache.batch_select_indices(torch.tensor([False, True, True]))
+    cache.batch_repeat_interleave(2)
+    assert cache.num_rows(0).shape == (4, 2)
+    assert_same_rows(alone, cache, row_a=0, row_b=3)
+
+
+def test_reset_forgets_everything(model):
+    cache = run(model)
+    cache.reset()
+    assert cache.nbytes == 0 and cache.get_seq_length() == 0
+    with pytest.raises(ValueError, match="no rows yet"):
+        cache.keys(0)
+    with asymkv.replace("llama", model=model, **SMALL):
+        model(prompt(150), past_key_values=cache)
+    assert_same_rows(run(model), cache)
+
+
+def test_a_batch_of_another_size_is_refused(model):
+    cache = run(model, batch=2)
+    with pytest.raises(ValueError, match="holds a batch of 2; found one of 1"):
+        step(model, cache, prompt(1))
+
+
+@pytest.mark.parametrize("size", ["40KB", "64KiB"])
+@pytest.mark.parametrize("method", ["asymkv", "h2o"])
+def test_byte_budget_is_kept_and_used(model, size, method):
+    total = 40_000 if size == "40KB" else 65_536
+    with asymkv.replace("llama", model=model, method=method, budget=size, chunk_size=100, sink_size=2, window_size=4,
+                        decode_interval=0):  # fmt: skip
+        cache = model(prompt(600)).past_key_values
+    tables = sum(t.nbytes for layer in cache.layers for t in layer.storage._tables.values())
+    assert 0.8 * total < cache.nbytes - tables <= total
+
+
+def test_ratio_counts_own_tokens_and_reports_a_raise(model, caplog):
+    ids = prompt(100, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, :60] = 0
+    with asymkv.replace("llama", model=model, ratio=0.29, sink_size=4, window_size=8):
+        cache = model(ids, attention_mask=mask).past_key_values
+    assert cache.num_rows(0).tolist() == [[29, 29], [13, 13]]
+    assert cache.stats()["budget"] == [29, 13] and cache.stats()["budget_raised"] == [False, True]
+    assert "raised" in caplog.text
