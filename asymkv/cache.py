@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from asymkv.budgets import CacheShape, resolve_rows
 from asymkv.config import CompressionConfig
 from asymkv.layer import CompressedLayer
+from asymkv.models import get_adapter
 from asymkv.models._compat import Cache
 from asymkv.ops import resolve_backend
 from asymkv.rope import Rope
@@ -106,6 +111,31 @@ class CompressedCache(Cache):
         self.peak_nbytes = 0
         self._bytes: list[int] = [0] * num_layers
         self._raised_reported = False
+        self._model: Callable[[], PreTrainedModel | None] = lambda: None
+
+    @classmethod
+    def for_model(cls, config: CompressionConfig, model: PreTrainedModel) -> CompressedCache:
+        """An empty cache for a causal LM.
+
+        Raises:
+            ValueError: for a model that a compressed cache cannot serve.
+        """
+        adapter = get_adapter(model.config.model_type)
+        adapter.check(model.config)
+        rotary = adapter.rotary(model)
+        if not hasattr(rotary, "inv_freq"):
+            raise ValueError(f"{type(model).__name__}: no rotary embedding; compressed caches need RoPE")
+        heads = model.config.num_attention_heads
+        cache = cls(
+            config,
+            num_layers=model.config.num_hidden_layers,
+            kv_heads=getattr(model.config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(model.config, "head_dim", None) or model.config.hidden_size // heads,
+            dtype=model.dtype,
+            rope=Rope(rotary),
+        )
+        cache._model = weakref.ref(model)
+        return cache
 
     # -- introspection -------------------------------------------------------------------------------------------
     @property
@@ -322,6 +352,30 @@ class CompressedCache(Cache):
         for name in ("prompt_tokens", "expected_prompt", "prompt_until", "pending", "_bytes"):
             setattr(out, name, list(getattr(self, name)))
         return out
+
+    def save(self, path: str | Path) -> None:
+        """Writes the cache into a folder: rows as safetensors, settings, model and checksum as json.
+
+        Raises:
+            ValueError: if the model that filled the cache is gone.
+        """
+        from asymkv import serialize
+
+        model = self._model()
+        if model is None:
+            raise ValueError("the model that filled this cache is gone; save while it is alive")
+        serialize.save(self, path, model)
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel) -> CompressedCache:
+        """A cache that :meth:`save` wrote, to go on with on the same model.
+
+        Raises:
+            ValueError: for a folder without a cache, a damaged file, or another model.
+        """
+        from asymkv import serialize
+
+        return serialize.load(path, model)
 
 
 def _total_cardinality(layer: CompressedLayer) -> int:

@@ -24,7 +24,6 @@ from asymkv.models import get_adapter
 from asymkv.models._compat import bind_forward, generation_request
 from asymkv.models.adapter import FamilyAdapter
 from asymkv.prefill import run
-from asymkv.rope import Rope
 
 _MARK = "__asymkv_handle__"
 _active: list[PatchHandle] = []
@@ -71,19 +70,7 @@ class PatchHandle:
         Raises:
             ValueError: for a model that a compressed cache cannot serve.
         """
-        self.adapter.check(lm.config)
-        rotary = self.adapter.rotary(lm)
-        if not hasattr(rotary, "inv_freq"):
-            raise ValueError(f"{type(lm).__name__}: no rotary embedding; compressed caches need RoPE")
-        heads = lm.config.num_attention_heads
-        return CompressedCache(
-            self.config,
-            num_layers=lm.config.num_hidden_layers,
-            kv_heads=getattr(lm.config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(lm.config, "head_dim", None) or lm.config.hidden_size // heads,
-            dtype=lm.dtype,
-            rope=Rope(rotary),
-        )
+        return CompressedCache.for_model(self.config, lm)
 
     def install(self) -> None:
         """Wraps the three callables (and what ``print(model)`` shows)."""

@@ -24,8 +24,7 @@ from asymkv import CompressionConfig
 from asymkv.longbench import files
 from asymkv.longbench.arms import FULL, NONE, Arm, StoredTooMuchError, check_stored
 from asymkv.longbench.data import Row, Task
-from asymkv.longbench.measure import Protocol, Subject, measure
-from asymkv.longbench.measure import _stored as stored
+from asymkv.longbench.measure import Protocol, Subject, measure, stored_bytes
 from asymkv.longbench.records import Record, RecordFolder
 from asymkv.longbench.retention import (
     compress,
@@ -250,7 +249,7 @@ class FidelityRun:
         prefix = compress(self.subject.model, window.prefix)
         seconds = time.perf_counter() - started
         check_stored(cell, prefix.cache, len(window.prefix), 0)
-        values = {"prefill_seconds": seconds, **stored(prefix.cache, self.subject.model)}
+        values = {"prefill_seconds": seconds, **stored_bytes(prefix.cache, self.subject.model)}
         return continuation_logits(self.subject.model, prefix, window.targets, len(window.targets)), values
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from asymkv.files import sha256, write_atomic
+
+__all__ = ["cache_dir", "exclusive", "sha256", "staged_folder", "write_atomic"]
 
 CACHE_ENV = "ASYMKV_CACHE"
 
@@ -19,22 +22,6 @@ def cache_dir() -> Path:
     base = Path(explicit) if explicit else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "asymkv"
     base.mkdir(parents=True, exist_ok=True)
     return base
-
-
-def sha256(data: bytes) -> str:
-    """Hex digest of ``data``."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Writes ``text`` so that a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(name, path)
 
 
 @contextlib.contextmanager

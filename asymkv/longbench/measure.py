@@ -84,7 +84,7 @@ def measure(subject: Subject, arm: Arm, task: Task, row: Row, protocol: Protocol
         "removed_tokens": prompt.removed_tokens, "prefill_seconds": seconds,
     }  # fmt: skip
     record |= {key: row[key] for key in ("depth", "target_len") if key in row}
-    record |= _stored(prefix.cache, subject.model)
+    record |= stored_bytes(prefix.cache, subject.model)
     record |= _gold_loss(subject, prompt, prefix, rest, row["answers"], protocol)
     if protocol.generate:
         record |= _answer(subject, arm, task, prefix, len(first), rest, protocol)
@@ -114,7 +114,7 @@ def full_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * tokens * model.dtype.itemsize
 
 
-def _stored(cache: CompressedCache, model: PreTrainedModel) -> Record:
+def stored_bytes(cache: CompressedCache, model: PreTrainedModel) -> Record:
     counts, tokens, stats = stored_rows(cache), int(cache.tokens_seen[0]), cache.stats()
     return {
         "tokens_seen": tokens,

@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -26,6 +25,7 @@ import torch
 
 from asymkv.longbench import data, models
 from asymkv.longbench.arms import Arm
+from asymkv.longbench.conditions import commit, device_name
 from asymkv.longbench.data import Row, Task
 from asymkv.longbench.files import sha256, write_atomic
 from asymkv.longbench.measure import Protocol, Record, Subject, measure
@@ -236,33 +236,14 @@ def conditions(subject: Subject, ranks: Ranks) -> Record:
     """What is recorded but not compared: machine, versions, commit, date."""
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": _commit(),
+        "commit": commit(),
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
-        "device_name": _device_name(subject.model.device),
+        "device_name": device_name(subject.model.device),
         "world_size": ranks.world,
         "threads": torch.get_num_threads(),
         "attention": subject.model.config._attn_implementation,
     }
 
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """Commit of the checkout that this package runs from, marked where files differ from it; None if installed."""
-    folder = Path(__file__).resolve().parent
-    git = ["git", "-C", str(folder)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "."], capture_output=True, text=True, check=True
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{head}-modified" if changed.strip() else head
 
 
 def load_subject(spec: models.ModelSpec, device: torch.device, dtype: str = "auto") -> Subject:

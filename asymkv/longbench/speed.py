@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 import asymkv
 from asymkv import CompressionConfig
 from asymkv.longbench import models, runner
+from asymkv.longbench.conditions import cpu_name
 from asymkv.longbench.measure import Subject
 from asymkv.longbench.retention import Prefix
 
@@ -214,13 +215,6 @@ def _conditions(model: nn.Module, job: SpeedJob) -> Result:
     weights = "random" if job.model.endswith(".json") else "trained"
     found = runner.conditions(subject, runner.Ranks(0, 1, torch.device(job.device)))
     return {**found, "model": spec.name, "weights": weights, "dtype": job.dtype, "cpu": cpu_name()}
-
-
-def cpu_name() -> str | None:
-    """The processor's name where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
 
 
 def medians(results: Iterable[Result]) -> list[Result]:

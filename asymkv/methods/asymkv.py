@@ -55,7 +55,7 @@ class AsymKV(Method):
 
     title: ClassVar[str] = "AsymKV, arXiv 2506.05410"
 
-    curvature: str = "output"
+    curvature: str = "cardinality"
     key_weights: str = "curvature"
     pair_rule: str = "attention"
     position_factor: bool = False

@@ -11,7 +11,7 @@ from asymkv.methods import METHODS
 VARIANTS = {
     **{name: {"method": name} for name in METHODS},
     "asymkv-loss": {"method": "asymkv", "curvature": "loss"},
-    "asymkv-cardinality": {"method": "asymkv", "curvature": "cardinality"},
+    "asymkv-output": {"method": "asymkv", "curvature": "output"},
     "asymkv-error": {"method": "asymkv", "key_weights": "output_error", "pair_rule": "output_error"},
     "asymkv-upstream": {"method": "asymkv", "upstream_compat": True, "sink_size": 4},
     "streaming-original": {"method": "streaming_llm", "position_policy": "original"},

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, assert_same_rows, left_padded, prompt, tiny_model
-from transformers import PreTrainedTokenizerFast, pipeline
+from tiny_models import FAMILIES, assert_same_rows, left_padded, prompt, tiny_model, tiny_tokenizer
+from transformers import pipeline
 
 import asymkv
 
@@ -123,15 +123,6 @@ def test_device_map():
         out = generate(model, prompt(120)).sequences
     with asymkv.replace("llama", model=plain, **SMALL):
         assert torch.equal(generate(plain, prompt(120)).sequences, out)
-
-
-def tiny_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", *[f"w{i}" for i in range(125)]])}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", padding_side="left")
 
 
 def test_pipeline_batches_prompts_of_unequal_length():

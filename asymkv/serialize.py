@@ -1,0 +1,157 @@
+"""A compressed cache on disk: rows as safetensors, everything else as json, both checked on the way back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from asymkv.config import CompressionConfig
+from asymkv.files import replace_file, sha256_file, write_atomic
+from asymkv.models import get_adapter
+from asymkv.observations import QueryRing
+from asymkv.storage import RaggedStorage
+
+if TYPE_CHECKING:
+    from asymkv.cache import CompressedCache
+    from asymkv.layer import CompressedLayer
+
+FORMAT = "asymkv-cache-1"
+ROWS, MANIFEST = "rows.safetensors", "cache.json"
+_STATE = ("prompt_tokens", "expected_prompt", "prompt_until", "pending", "compactions", "peak_rows", "peak_nbytes")
+
+
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """What a cache is bound to: family, shape, name and revision, and a hash of some of the weights."""
+    attention = [m for m in model.modules() if isinstance(m, get_adapter(model.config.model_type).attention_class())]
+    digest = hashlib.sha256()
+    for layer in (attention[0], attention[-1]):
+        weight: Tensor = layer.k_proj.weight  # type: ignore[union-attr, assignment]
+        digest.update(weight.detach().float().cpu().numpy().tobytes())
+    return {
+        "model_type": model.config.model_type,
+        "layers": model.config.num_hidden_layers,
+        "hidden_size": model.config.hidden_size,
+        "weights_sha256": digest.hexdigest(),
+        "name": model.config._name_or_path,
+        "revision": getattr(model.config, "_commit_hash", None),
+    }
+
+
+def save(cache: CompressedCache, path: str | Path, model: PreTrainedModel) -> None:
+    """Writes a cache into the folder ``path``; an interrupted write leaves an older cache there as it was.
+
+    Args:
+        path: folder, made if needed.
+        model: the model that filled the cache.
+    """
+    folder = Path(path)
+    tensors: dict[str, Tensor] = {}
+    layers = [_pack(layer, tensors) for layer in cache.layers]
+    rows = replace_file(folder / ROWS, lambda target: save_file(tensors, target))
+    manifest = {
+        "format": FORMAT,
+        "model": fingerprint(model),
+        "config": cache.config.to_dict(),
+        "tail": cache.tail.tolist(),
+        "state": {name: getattr(cache, name) for name in _STATE},
+        "layers": layers,
+        "rows_sha256": rows,
+    }
+    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def load(path: str | Path, model: PreTrainedModel) -> CompressedCache:
+    """Reads a cache that :func:`save` wrote, onto the model's device.
+
+    Raises:
+        ValueError: for a folder that holds none, a damaged or foreign file, or another model.
+    """
+    from asymkv.cache import CompressedCache
+
+    folder = Path(path)
+    manifest = _manifest(folder)
+    found, saved = fingerprint(model), manifest["model"]
+    bound = ("model_type", "layers", "hidden_size", "weights_sha256")
+    differing = {k: (saved.get(k), found[k]) for k in bound if saved.get(k) != found[k]}
+    if differing:
+        raise ValueError(f"the cache in {folder} is of {saved.get('name')!r}, not of {found['name']!r}: "
+                         f"(saved, given) {differing}")
+    if sha256_file(folder / ROWS) != manifest["rows_sha256"]:
+        raise ValueError(f"{folder / ROWS} is damaged: its sha256 is not the one in {MANIFEST}")
+    tensors = load_file(folder / ROWS, device=str(model.device))
+    cache = CompressedCache.for_model(CompressionConfig(**manifest["config"]), model)
+    for name in _STATE:
+        setattr(cache, name, manifest["state"][name])
+    cache.tail = torch.tensor(manifest["tail"], dtype=torch.bool).view(len(cache.prompt_tokens), -1)
+    for layer, saved_layer in zip(cache.layers, manifest["layers"], strict=True):
+        _unpack(layer, saved_layer, tensors)
+    cache._bytes = [layer.nbytes for layer in cache.layers]
+    return cache
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no cache: {MANIFEST} is missing") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise ValueError(f"{folder / MANIFEST}: unknown format {found!r}; expected {FORMAT!r}")
+    if not (folder / ROWS).is_file():
+        raise ValueError(f"{folder} is incomplete: {ROWS} is missing")
+    return manifest
+
+
+def _pack(layer: CompressedLayer, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Adds a layer's present rows to ``tensors``; returns its metadata."""
+    if not layer.is_initialized:
+        return {"initialized": False}
+    storage = layer.storage
+    prefix = f"layers.{layer.index}."
+    for name in storage.columns:
+        tensors[prefix + name] = torch.cat([storage.rows(name, h) for h in range(storage.heads)]).contiguous()
+    ring = layer.ring
+    if ring is not None and ring.cursor:
+        tensors[prefix + "ring.queries"] = ring.queries.contiguous()
+        tensors[prefix + "ring.positions"] = ring.positions.contiguous()
+    return {
+        "initialized": True,
+        "length": storage.length,
+        "capacity": storage.capacity,
+        "merged": storage.merged,
+        "tokens": layer.tokens,
+        "columns_seen": layer.columns_seen,
+        "ring_cursor": 0 if ring is None else ring.cursor,
+    }
+
+
+def _unpack(layer: CompressedLayer, saved: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    if not saved["initialized"]:
+        return
+    prefix = f"layers.{layer.index}."
+    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    ring = {k.removeprefix("ring."): own.pop(k) for k in list(own) if k.startswith("ring.")}
+    fills = {"cardinality": 1}
+    columns = {n: (tuple(t.shape[1:]), t.dtype, fills.get(n, 0)) for n, t in own.items()}
+    storage = RaggedStorage(saved["capacity"], columns, own["keys"].device)
+    for name, rows in own.items():
+        for start, part in zip(storage.start, rows.split(saved["length"]), strict=True):
+            storage.columns[name][start : start + len(part)] = part
+    storage._set_length(list(saved["length"]))
+    storage.merged = saved["merged"]
+    layer.storage, layer.is_initialized = storage, True
+    layer.tokens, layer.columns_seen = list(saved["tokens"]), saved["columns_seen"]
+    if ring:
+        layer.ring = QueryRing(ring["queries"])
+        layer.ring.queries.copy_(ring["queries"])
+        layer.ring.positions.copy_(ring["positions"])
+        layer.ring.cursor = saved["ring_cursor"]

@@ -1,0 +1,53 @@
+"""What the README shows is what the code does."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def tiny_checkpoint(folder: Path) -> Path:
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_quick_start_runs(tmp_path, capsys):
+    code = re.search(r"<!-- quickstart -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
+    assert len(code.strip().splitlines()) <= 10
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(" ".join(f"w{i % 100}" for i in range(700)))
+    names = {"MODEL": str(tiny_checkpoint(tmp_path / "model")), "PROMPT_FILE": str(prompt)}
+    exec(compile(code, "README.md", "exec"), names)
+    stats = names["out"].past_key_values.stats()
+    assert stats["max_rows"] == 512 + 63 and "'kept_ratio'" in capsys.readouterr().out
+
+
+def test_method_table_is_up_to_date():
+    done = subprocess.run([sys.executable, "scripts/make_readme.py", "--check"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stdout.decode()
+
+
+def test_every_script_and_shipped_file_that_the_readme_names_exists():
+    for name in re.findall(r"(?:scripts|configs)/[\w/.]+\w", README):
+        assert list(ROOT.glob(name + "*")) or (ROOT / name).is_dir(), name
+
+
+@pytest.mark.parametrize("settings", [["--budget", "64"], ["--ratio", "0.25", "--set", "curvature=loss"],
+                                      ["--method", "streaming_llm", "--budget", "300KB"]], ids=" ".join)  # fmt: skip
+def test_generate_script(settings):
+    command = ["scripts/generate.py", "--model", "tiny", "--random", "--prompt-tokens", "400", "--max-new-tokens", "4"]
+    done = subprocess.run([sys.executable, *command, *settings], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "403 tokens seen" in done.stderr and "rows per KV head" in done.stderr
+
+
+def test_generate_script_refuses_bad_settings_before_loading():
+    command = [sys.executable, "scripts/generate.py", "--model", "nowhere/nothing", "--budget", "3", "--prompt", "hi"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and "smaller than sink_size + window_size + 1" in done.stderr
