@@ -12,7 +12,6 @@ from asymkv.cache import CompressedCache, Step
 from asymkv.layer import CompressedLayer
 from asymkv.models.adapter import FamilyAdapter
 from asymkv.ops import BACKENDS, ragged_attention, row_bias
-from asymkv.plan import rotary_positions
 from asymkv.rope import apply_rope
 from asymkv.view import RowView
 
@@ -50,9 +49,12 @@ def attend(cache: CompressedCache, layer: CompressedLayer, q: Tensor, k: Tensor,
     assert step is not None
     if step.prompt:
         _make_room(cache, layer, step, scale)
-    rotary = _rotary_of_new(layer, step, k)
+    rotary = None
+    if step.tape is not None or layer.policy != "original":
+        rotary = _rotary_of_new(layer, step, k)
     q, k = _rotate_new(cache, step, rotary, q, k)
     if step.tape is not None:
+        assert rotary is not None
         return _taped(cache, layer, step, q, k, v, rotary, scale)
     positions = step.on(q.device)[0]
     layer.append_packed(k, v, positions, step.counts)
@@ -72,7 +74,7 @@ def observe(
     needs = cache.config.options.needs
     if not needs & {"queries", "attention"} and not layer.exceeds(step.budget):
         return
-    present = torch.where(_present(step, q.device), step.on(q.device)[0], -1)
+    present = step.query_positions(q.device)
     if step.prompt:
         if "attention" in needs:
             _flush(cache, layer, scale)
@@ -149,11 +151,11 @@ def _taped(
     assert step.tape is not None
     if not k.requires_grad:
         k.requires_grad_()
-    positions, present = step.on(q.device)[0], _present(step, q.device)
+    positions, queries_at = step.on(q.device)[0], step.query_positions(q.device)
     new = RowView(
         keys=k, values=v, cardinality=torch.ones_like(rotary, dtype=torch.int32),
         positions=positions[:, None].expand_as(rotary).int(), rotary_positions=rotary,
-        valid=present[:, None].expand_as(rotary), lengths=rotary[..., 0], budget=rotary[..., 0],
+        valid=(queries_at >= 0)[:, None].expand_as(rotary), lengths=rotary[..., 0], budget=rotary[..., 0],
         tokens=rotary[:, 0, 0], prompt=True, scale=scale, rope=cache.rope,
     )  # fmt: skip
     past_keys, past_rotary, past_length, rows = None, None, [], new
@@ -165,7 +167,7 @@ def _taped(
     bias = row_bias(rows.bias().flatten(0, 1), None, rows.positions, positions, k.shape[1])
     out, lse = BACKENDS[cache.backend](q, rows.keys, rows.values, bias, scale)
     rows.keys, rows.values = rows.keys.detach(), rows.values.detach()
-    rows = _with_queries(rows, q.detach(), torch.where(present, positions, -1), lse.detach())
+    rows = _with_queries(rows, q.detach(), queries_at, lse.detach())
     step.tape[layer.index] = TapeEntry(past_keys, k, past_length, past_rotary, rotary, rows)
     if step.store:
         with torch.no_grad():
@@ -191,12 +193,6 @@ def _with_queries(
     return view
 
 
-def _present(step: Step, device: torch.device) -> Tensor:
-    """``[B, t]`` bool: which columns of the chunk are tokens."""
-    width = step.positions.shape[1]
-    return torch.arange(width, device=device) < torch.tensor(step.counts, device=device)[:, None]
-
-
 def _flush(cache: CompressedCache, layer: CompressedLayer, scale: float) -> None:
     """Adds the attention mass of remembered decode queries, then forgets those queries."""
     if layer.ring is None or not layer.ring.cursor:
@@ -216,17 +212,17 @@ def _rotary_of_new(layer: CompressedLayer, step: Step, k: Tensor) -> Tensor:
     return first + torch.arange(positions.shape[1], device=k.device)
 
 
-def _rotate_new(cache: CompressedCache, step: Step, rotary: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def _rotate_new(
+    cache: CompressedCache, step: Step, rotary: Tensor | None, q: Tensor, k: Tensor
+) -> tuple[Tensor, Tensor]:
     """Rotates the chunk's queries and keys; a head's queries follow the positions of their KV head."""
     if cache.config.positions == "original":
         _, cos, sin = step.on(q.device)
         cos, sin = cos[:, None].to(q.dtype), sin[:, None].to(q.dtype)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    assert rotary is not None
     batch, kv_heads, new = rotary.shape
     cos, sin = cache.rope.tables(rotary.reshape(-1, new), q.dtype, per_row=False)
     cos, sin = (x.view(batch, kv_heads, 1, new, -1) for x in (cos, sin))
     grouped = q.reshape(batch, kv_heads, -1, new, q.shape[-1])
     return apply_rope(grouped, cos, sin).reshape(q.shape), apply_rope(k[:, :, None], cos, sin)[:, :, 0]
-
-
-__all__ = ["TapeEntry", "attend", "attention_forward", "compact_due", "observe", "rotary_positions"]

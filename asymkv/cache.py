@@ -18,7 +18,7 @@ from asymkv.budgets import CacheShape, resolve_rows
 from asymkv.config import CompressionConfig
 from asymkv.layer import CompressedLayer
 from asymkv.models import get_adapter
-from asymkv.models._compat import Cache
+from asymkv.models._compat import Cache, columns_to_crop
 from asymkv.ops import resolve_backend
 from asymkv.rope import Rope
 
@@ -52,6 +52,7 @@ class Step:
     store: bool = True
     compacted: bool = False
     _copies: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    _queries: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """``positions, cos, sin`` on a layer's device."""
@@ -60,10 +61,14 @@ class Step:
             self._copies[device] = self.positions.to(device), cos.to(device), sin.to(device)
         return self._copies[device]
 
-    @property
-    def full(self) -> bool:
-        """Whether every column of every row is a token."""
-        return min(self.counts) == self.positions.shape[1]
+    def query_positions(self, device: torch.device) -> Tensor:
+        """``[B, t]``: positions of the chunk's queries, -1 where a column is no token."""
+        if device not in self._queries:
+            positions = self.positions.to(device)
+            column = torch.arange(positions.shape[1], device=device)
+            present = column < torch.tensor(self.counts, device=device)[:, None]
+            self._queries[device] = torch.where(present, positions, -1)
+        return self._queries[device]
 
 
 class CompressedCache(Cache):
@@ -300,7 +305,7 @@ class CompressedCache(Cache):
         Raises:
             ValueError: for a positive number, or if a compaction lies between.
         """
-        count = -tokens_to_remove
+        count = columns_to_crop(tokens_to_remove, self.get_seq_length())
         if count < 0 or count > self.tail.shape[1]:
             raise ValueError(
                 f"crop takes -n with n from 0 to the {self.tail.shape[1]} columns appended since the last compaction; "

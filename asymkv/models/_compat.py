@@ -1,8 +1,8 @@
 """The only file that knows transformers versions.
 
 Tested window: ``OLDEST`` to the newest 5.x. What changed inside it and is met here: the name of the layer's length
-method (``get_max_cache_shape`` until 5.x's ``get_max_length``), the argument of ``get_mask_sizes`` (``cache_position``
-tensor, then ``query_length`` int), the extra arguments of ``update``, and generate's record of an all-ones mask.
+method (``get_max_cache_shape``, then ``get_max_length``), the argument of ``get_mask_sizes`` (``cache_position``
+tensor, then ``query_length`` int), and what a positive argument of ``crop`` means.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 OLDEST = "5.0.0"
@@ -22,7 +22,7 @@ FOUND = transformers.__version__
 if not Version("5.0.0.dev0") <= Version(FOUND) < Version("6"):
     raise ImportError(f"asymkv needs transformers >= {OLDEST}, < 6; found {FOUND}")
 
-__all__ = ["Cache", "CausalLMOutputWithPast", "LayerBase", "generation_request", "slice_kept"]
+__all__ = ["Cache", "CausalLMOutputWithPast", "LayerBase", "bind_forward", "columns_to_crop", "generation_request"]
 
 
 class LayerBase(CacheLayerMixin):
@@ -67,8 +67,7 @@ def bind_forward(original: Any, module: Any, args: tuple, kwargs: dict) -> dict[
     return {**given, **extra}
 
 
-def slice_kept(columns: int, logits_to_keep: int | Tensor) -> list[int] | Tensor:
-    """Columns whose logits a forward must return: ``logits_to_keep`` as transformers reads it (0 = all)."""
-    if isinstance(logits_to_keep, Tensor):
-        return logits_to_keep
-    return list(range(columns))[-logits_to_keep:] if logits_to_keep else list(range(columns))
+def columns_to_crop(argument: int, seen: int) -> int:
+    """Columns that ``crop(argument)`` removes: ``-n`` removes n; older generate passes the length to keep instead."""
+    legacy = "tokens_to_remove" not in inspect.signature(DynamicLayer.crop).parameters
+    return seen - argument if legacy and argument > 0 else -argument
