@@ -115,6 +115,7 @@ class CompressedCache(Cache):
         self.peak_rows = 0
         self.peak_nbytes = 0
         self._bytes: list[int] = [0] * num_layers
+        self.in_call = False  # a forward has begun and not ended
         self._raised_reported = False
         self._model: Callable[[], PreTrainedModel | None] = lambda: None
 
@@ -252,7 +253,13 @@ class CompressedCache(Cache):
         Returns:
             Per row, whether these are prompt tokens (else one generated token): several at once, the first of a row,
             or part of an announced prompt.
+
+        Raises:
+            ValueError: for a batch of another size, or after a forward that never ended.
         """
+        if self.in_call:
+            raise ValueError("the last forward on this cache was interrupted, so that its layers disagree; go on from "
+                             "a fork() made before it, or reset()")
         if not self.prompt_tokens:
             self.prompt_tokens = [0] * len(counts)
             self.pending = [0] * len(counts)
@@ -265,13 +272,14 @@ class CompressedCache(Cache):
         for row, count in enumerate(counts):
             if prompt[row]:
                 self.prompt_tokens[row] += count
+        self.in_call = True
         return prompt
 
     def end_call(self, valid: Tensor, compacted: bool) -> None:
         """Counts the columns of a forward, ``valid [B, t]`` on the CPU, and remembers how far :meth:`crop` may go."""
         for layer in self.layers:
             layer.columns_seen += valid.shape[1]
-        self.step = None
+        self.step, self.in_call = None, False
         self.tail = valid[:, :0] if compacted else torch.cat([self.tail, valid], dim=1)
 
     def chunk_budget(self, counts: list[int], is_prompt: list[bool]) -> list[int | None]:
@@ -345,6 +353,7 @@ class CompressedCache(Cache):
     def reset(self) -> None:
         """Forgets everything seen."""
         super().reset()
+        self.step, self.in_call = None, False
         self.prompt_tokens, self.expected_prompt, self.prompt_until, self.pending = [], [], [], []
         self.tail = torch.zeros(0, 0, dtype=torch.bool)
         self.compactions = self.peak_rows = self.peak_nbytes = 0

@@ -190,12 +190,12 @@ def _write_positions(
         before = torch.zeros_like(flat)
         before[target[last]] = view.rotary_positions.reshape(last.shape)[last]
         moved = (flat != before).nonzero().squeeze(-1)
-        keys[moved] = packed_rotate(view, keys[moved], flat[moved] - before[moved])
+        keys[moved] = _rotate(view, keys[moved], flat[moved] - before[moved])
     if merged is not None:
         rows, pre_rope = merged
-        keys[rows] = packed_rotate(view, pre_rope, flat[rows]).to(keys.dtype)
+        keys[rows] = _rotate(view, pre_rope, flat[rows]).to(keys.dtype)
 
 
-def packed_rotate(view: RowView, rows: Tensor, shift: Tensor) -> Tensor:
+def _rotate(view: RowView, rows: Tensor, shift: Tensor) -> Tensor:
     """Rotates keys ``[M, D]`` forward by ``shift [M]``, in their own dtype."""
     return view.rope.rotate(rows, shift).to(rows.dtype)

@@ -73,6 +73,21 @@ def test_a_failed_forward_names_its_cause_and_the_next_one_works(model):
     assert model(prompt(60)).past_key_values.num_rows(0).max() == 48
 
 
+def test_a_cache_left_by_an_interrupted_forward_is_refused(model):
+    """Its first layer holds the tokens and its second does not: going on would lose them without a word."""
+    cache = model(prompt(60)).past_key_values
+    before = cache.fork()
+    hook = model.model.layers[1].register_forward_pre_hook(lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(prompt(3), past_key_values=cache)
+    hook.remove()
+    with pytest.raises(ValueError, match="interrupted"):
+        model(prompt(1), past_key_values=cache)
+    assert model(prompt(3), past_key_values=before).past_key_values.tokens_seen.tolist() == [63]
+    cache.reset()
+    assert model(prompt(60), past_key_values=cache).past_key_values.tokens_seen.tolist() == [60]
+
+
 def test_unknown_backend_in_the_environment(monkeypatch):
     monkeypatch.setenv("ASYMKV_BACKEND", "tpu")
     model = tiny_model()
