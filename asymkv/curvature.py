@@ -50,8 +50,9 @@ def loss_chunk(
         entry = step.tape.pop(layer.index)
         _store_fisher(cache, layer, entry, gradients[layer.index], step, due)
         seen = entry.view
-        assert seen.queries is not None and seen.query_positions is not None
-        compact_due(cache, layer, step, seen.queries, seen.query_positions, seen.scale, seen.query_lse)
+        assert seen.query_out is not None and seen.query_lse is not None
+        result = (seen.query_out, seen.query_lse)
+        compact_due(cache, layer, step, seen.queries, seen.query_positions, seen.scale, result)
         if not cache.config.decode_interval:
             layer.storage.drop_column(FISHER)
             cache.measure(layer)
@@ -143,8 +144,7 @@ def _store_fisher(
     storage = layer.storage
     dim, dtype = entry.new_keys.shape[-1], statistic_dtype(entry.new_keys.dtype)
     storage.add_column(FISHER, (dim,), dtype)
-    column = storage.columns[FISHER]
-    start = storage.table("start")[:, None]
+    column = storage.ordered(FISHER).clone()
     past, new = gradients
     before = torch.tensor(entry.past_length or [0] * storage.heads, device=storage.device)[:, None]
     kept = torch.tensor([c * d for c, d in zip(step.counts, due, strict=True)], device=storage.device)
@@ -156,7 +156,9 @@ def _store_fisher(
         square = cache.rope.rotate(gradient.float() if dtype != torch.float64 else gradient, -rotary).square()
         index = torch.arange(square.shape[2], device=storage.device)
         inside = index < rows
-        column[(start + offset + index)[inside]] = square.flatten(0, 1)[inside].to(dtype)
+        head = inside.nonzero(as_tuple=True)[0]
+        column[head, (offset + index)[inside]] = square.flatten(0, 1)[inside].to(dtype)
+    storage.write(FISHER, column)
 
 
 def _detached(out: Any) -> Any:

@@ -72,13 +72,9 @@ class CompressedLayer(LayerBase):
         return self.storage.nbytes + (self.ring.nbytes if self.ring is not None else 0)
 
     def dense(self, name: str) -> Tensor:
-        """A column as ``[B, H_kv, T, ...]``."""
-        rows = self.storage.dense(name)
+        """A column as ``[B, H_kv, T, ...]``, rows by ascending position."""
+        rows = self.storage.ordered(name)
         return rows.view(self.batch, self.kv_heads, *rows.shape[1:])
-
-    def only_own_tokens(self, new: int) -> bool:
-        """Whether the last ``new`` tokens of every row are all there is: plain causal attention."""
-        return self.storage.even and self.storage.width == new and not self.storage.merged
 
     def initialize(self, keys: Tensor, values: Tensor) -> None:
         """Makes the storage for a batch like ``keys [B, H_kv, t, D]``."""
@@ -130,7 +126,7 @@ class CompressedLayer(LayerBase):
         if keys.shape[0] != self.batch:
             raise ValueError(f"the cache holds a batch of {self.batch}; found one of {keys.shape[0]}")
         flat = {"keys": keys.flatten(0, 1), "values": values.flatten(0, 1)}
-        flat["position"] = positions.int().repeat_interleave(keys.shape[1], 0)
+        flat["position"] = positions.int()[:, None].expand(-1, keys.shape[1], -1).flatten(0, 1)
         self.storage.append(flat, [c for c in counts for _ in range(keys.shape[1])])
         self.tokens = [n + c for n, c in zip(self.tokens, counts, strict=True)]
 
@@ -151,7 +147,7 @@ class CompressedLayer(LayerBase):
         valid = self.storage.valid()
         positions, cardinality = self.dense("position"), self.dense("cardinality")
         rotary = rotary_positions(self.policy, positions.flatten(0, 1), cardinality.flatten(0, 1))
-        lengths = self.storage.table("length").view(self.batch, -1)
+        lengths = self.storage.table("length").view(self.batch, -1).clone()  # appends count the table itself up
         full = torch.ones_like(positions, dtype=torch.bool)
         fixed = ("keys", "values", "cardinality", "log_n", "position")
         return RowView(

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from asymkv.budgets import capacity_for
-from asymkv.storage import RaggedStorage
+from asymkv.ops import rows as row_ops
+from asymkv.storage import ROW_COLUMNS, RaggedStorage
 from asymkv.view import RowView
-
-# How a statistic of a merged row follows from its members'.
-STATISTIC_REDUCE = "sum"
 
 
 @dataclass(frozen=True)
@@ -32,17 +30,9 @@ class CompactionPlan:
     key_weight: Tensor | None = None
 
     def validate(self, view: RowView) -> None:
-        """Raises ValueError for a plan that does not fit the rows."""
+        """Raises ValueError for a plan that does not fit the rows; what it says of each row, the executor checks."""
         if self.destination.shape != view.valid.shape:
             raise ValueError(f"destination must be {tuple(view.valid.shape)}; found {tuple(self.destination.shape)}")
-        width = view.valid.shape[-1]
-        kept = (self.destination >= 0) & view.valid
-        if bool((self.destination[view.valid] >= width).any()) or bool((self.destination[view.valid] < -1).any()):
-            raise ValueError(f"destination must lie in [-1, {width}); found up to {self.destination.max().item()}")
-        target = self.destination.clamp(min=0)
-        fixed = target.gather(-1, target) == target
-        if not bool((fixed & kept.gather(-1, target))[kept].all()):
-            raise ValueError("a row's destination must itself be kept and its own destination")
         if self.key_weight is not None and bool((self.key_weight[view.valid] < 0).any()):
             raise ValueError(f"key_weight must be >= 0; found {self.key_weight.min().item()}")
 
@@ -98,104 +88,40 @@ def execute(plan: CompactionPlan, view: RowView, storage: RaggedStorage, policy:
     """
     plan.validate(view)
     heads, width = storage.heads, view.valid.shape[-1]
-    destination, valid = plan.destination.reshape(heads, width), view.valid.reshape(heads, width)
-    kept = valid & (destination >= 0)
-    group, last = _groups(destination, kept)
-    length = last.sum(-1).tolist()
+    lengths = view.lengths.reshape(heads)
+    order, offset, count = row_ops.compaction_layout(plan.destination.reshape(heads, width).contiguous(), lengths)
+    length = count.tolist()
     packed = storage.like([capacity_for(n) for n in length])
-    target = packed.table("start")[:, None] + last.cumsum(-1) - 1  # flat row of each group's last member
-    columns = _dense_columns(view, storage, heads, width)
-    for name, rows in columns.items():
-        packed.columns[name][target[last]] = rows[last].to(packed.columns[name].dtype)
+    edited = {"keys": view.keys, "values": view.values, "cardinality": view.cardinality, "position": view.positions}
+    everything = {**edited, **view.statistics}
+    sources = {name: _per_head(rows, storage.columns[name], heads) for name, rows in everything.items()}
+    weight = None
+    if plan.key_weight is not None:
+        weight = plan.key_weight.reshape(heads, width, -1).to(torch.promote_types(view.keys.dtype, torch.float32))
+        weight = weight.contiguous()
+    rotary = view.rotary_positions.reshape(heads, width).contiguous()
+    row_ops.ragged_compact(
+        *(sources[name] for name in edited), rotary, [sources[name] for name in view.statistics], weight, order, offset,
+        view.rope.frequencies(view.keys.device), _target_rotary(policy, sources["cardinality"], order, offset),
+        packed.table("start"), *(packed.columns[name] for name in ROW_COLUMNS),
+        [packed.columns[name] for name in view.statistics],
+    )  # fmt: skip
     packed._set_length(length)
-    size = torch.zeros_like(group).scatter_add_(1, group, kept.long()).gather(1, group)
-    merging = kept & (size > 1)
-    merged_keys = None
-    if bool(merging.any()):
-        merged_keys = _merge(plan, view, columns, merging, target.gather(1, group), packed)
     packed.merged = storage.merged or bool((packed.columns["cardinality"] > 1).any())
-    _write_positions(view, policy, packed, target, last, merged_keys)
     return packed
 
 
-def _groups(destination: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row the index of its group's last member ``[N, T]``, and whether the row is that member."""
-    index = torch.arange(destination.shape[-1], device=destination.device).expand_as(destination)
-    target = destination.clamp(min=0)
-    newest = torch.full_like(index, -1).scatter_reduce_(1, target, torch.where(kept, index, -1), "amax")
-    group = torch.where(kept, newest.gather(1, target), index)
-    return group, kept & (group == index)
+def _per_head(rows: Tensor, column: Tensor, heads: int) -> Tensor:
+    """``[N, T, ...]`` in the column's dtype, each head's rows dense in memory; no copy where they are."""
+    flat = rows.reshape(heads, -1, *column.shape[1:]).to(column.dtype)
+    return flat if flat[0].is_contiguous() else flat.contiguous()
 
 
-def _dense_columns(view: RowView, storage: RaggedStorage, heads: int, width: int) -> dict[str, Tensor]:
-    """Columns as ``[N, T, ...]``, those a method may have edited from the view."""
-    edited = {"keys": view.keys, "values": view.values, "cardinality": view.cardinality, "position": view.positions}
-    named = {**{n: storage.dense(n) for n in storage.columns if n not in edited}, **edited, **view.statistics}
-    flat = {n: rows.reshape(heads, width, *storage.spec[n][0]) for n, rows in named.items()}
-    flat["log_n"] = flat["cardinality"].float().log()
-    return flat
-
-
-def _merge(
-    plan: CompactionPlan, view: RowView, columns: dict[str, Tensor], merging: Tensor, row: Tensor, packed: RaggedStorage
-) -> tuple[Tensor, Tensor]:
-    """Writes values, cardinalities and statistics of merged rows.
-
-    Returns:
-        Their flat rows ``[G]`` and their keys in pre-RoPE coordinates ``[G, D]``.
-    """
-    rows, member = row[merging].unique(return_inverse=True)
-    count = len(rows)
-
-    def total(x: Tensor) -> Tensor:
-        return x.new_zeros(count, *x.shape[1:]).index_add_(0, member, x)
-
-    compute = torch.promote_types(view.keys.dtype, torch.float32)
-    n = columns["cardinality"][merging].to(compute)
-    sum_n = total(n)
-    packed.columns["values"][rows] = (
-        total(n[:, None] * columns["values"][merging].to(compute)) / sum_n[:, None]
-    ).to(view.values.dtype)
-    packed.columns["cardinality"][rows] = total(columns["cardinality"][merging].long()).int()
-    packed.columns["log_n"][rows] = sum_n.log().float()
-    for name in view.statistics:
-        packed.columns[name][rows] = total(columns[name][merging].to(compute)).to(packed.columns[name].dtype)
-    keys = view.unrotate(view.keys).reshape(*merging.shape, -1)[merging]
-    by_count = total(n[:, None] * keys) / sum_n[:, None]
-    if plan.key_weight is None:
-        return rows, by_count
-    weight = plan.key_weight.reshape(*merging.shape, -1)[merging].to(compute)
-    # Normalised before summing: squared gradients may be as small as 1e-30.
-    top = torch.zeros(count, weight.shape[1], dtype=compute, device=weight.device)
-    top.scatter_reduce_(0, member[:, None].expand_as(weight), weight, "amax")
-    weight = weight / torch.where(top > 0, top, 1)[member]
-    weighted = total(weight * keys) / total(weight).clamp(min=torch.finfo(compute).tiny)
-    return rows, torch.where(top > 0, weighted, by_count)
-
-
-def _write_positions(
-    view: RowView, policy: str, packed: RaggedStorage, target: Tensor, last: Tensor, merged: tuple | None
-) -> None:
-    """Rotates keys to where the policy puts their rows now."""
-    if policy == "original" and merged is None:
-        return
-    now = rotary_positions(policy, packed.dense("position"), packed.dense("cardinality"))
-    valid = packed.valid()
-    inside = torch.ones_like(now, dtype=torch.bool) if valid is None else valid
-    index = packed.index()[inside]
-    keys = packed.columns["keys"]
-    flat = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
-    flat[index] = now[inside]
-    if policy != "original":
-        before = torch.zeros_like(flat)
-        before[target[last]] = view.rotary_positions.reshape(last.shape)[last]
-        moved = (flat != before).nonzero().squeeze(-1)
-        keys[moved] = _rotate(view, keys[moved], flat[moved] - before[moved])
-    if merged is not None:
-        rows, pre_rope = merged
-        keys[rows] = _rotate(view, pre_rope, flat[rows]).to(keys.dtype)
-
-
-def _rotate(view: RowView, rows: Tensor, shift: Tensor) -> Tensor:
-    """Rotates keys ``[M, D]`` forward by ``shift [M]``, in their own dtype."""
-    return view.rope.rotate(rows, shift).to(rows.dtype)
+def _target_rotary(policy: str, cardinality: Tensor, order: Tensor, offset: Tensor) -> Tensor | None:
+    """``[N, T]`` int64: rotary position of each group under the policy; None = position of its last member."""
+    if policy == "original":
+        return None
+    if policy == "compact":
+        return torch.arange(order.shape[1], device=order.device).repeat(order.shape[0], 1)
+    seen = cardinality.gather(1, order.long()).long().cumsum(1)
+    return seen.gather(1, (offset[:, 1:].long() - 1).clamp(min=0)) - 1

@@ -38,6 +38,11 @@ class Rope:
         self.rotary: Any = rotary
         self.rope_type: str = getattr(rotary, "rope_type", "default")
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model's rotary embedding lies."""
+        return self.rotary.inv_freq.device
+
     def tables(self, positions: Tensor, dtype: torch.dtype, *, per_row: bool = True) -> tuple[Tensor, Tensor]:
         """Cosines and sines, attention scaling included.
 
@@ -50,9 +55,8 @@ class Rope:
         Returns:
             ``cos, sin``, each ``[M, t, D]`` on the device of ``positions``.
         """
-        device = self.rotary.inv_freq.device
-        like = torch.empty(0, dtype=dtype, device=device)
-        ids = positions.to(device)
+        like = torch.empty(0, dtype=dtype, device=self.device)
+        ids = positions.to(self.device)
         if per_row and self.rope_type in LENGTH_DEPENDENT_TYPES:
             parts = [self._fresh(like, row[None]) for row in ids]
             cos, sin = (torch.cat(tables) for tables in zip(*parts, strict=True))
@@ -67,6 +71,10 @@ class Rope:
             self.rotary.max_seq_len_cached = self.rotary.original_max_seq_len
         return self.rotary(like, positions)
 
+    def frequencies(self, device: torch.device) -> Tensor:
+        """``[D / 2]`` fp32 on ``device``: angle per position of each pair of dimensions."""
+        return self.rotary.inv_freq.to(device, torch.float32).contiguous()
+
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotates rows forward by ``positions`` (negative: back), without attention scaling.
 
@@ -79,6 +87,6 @@ class Rope:
         """
         compute = torch.promote_types(x.dtype, torch.float32)
         # The angle is formed in fp32, as transformers does, so that turning back undoes exactly what the model did.
-        angle = positions[..., None].float() * self.rotary.inv_freq.to(x.device, torch.float32)
+        angle = positions[..., None].float() * self.frequencies(x.device)
         angle = torch.cat((angle, angle), dim=-1).to(compute)
         return apply_rope(x.to(compute), angle.cos(), angle.sin())

@@ -12,9 +12,15 @@ import torch
 from torch import Tensor
 
 from asymkv.budgets import capacity_for
+from asymkv.ops import rows as row_ops
+from asymkv.ops.flash import Segments, build_segments, class_order
 
 # Padding every head to the widest is accepted up to this factor: equal capacities make dense views free.
 MAX_PADDING = 1.25
+# Of every row, in the order of the ops' arguments.
+ROW_COLUMNS = ("keys", "values", "cardinality", "log_n", "position")
+# What a new token brings; cardinality 1 and log n 0 follow.
+TOKEN_COLUMNS = {"keys", "values", "position"}
 
 
 class RaggedStorage:
@@ -34,6 +40,8 @@ class RaggedStorage:
         self.spec = dict(columns)
         self.columns = {name: self._buffer(sum(capacity), *spec) for name, spec in columns.items()}
         self.merged = False  # whether any row has stood for more than one token
+        self.by_class = False  # rows lie by cardinality (segments()), not by position
+        self._segments: Segments | None = None
         self._tables: dict[str, Tensor] = {}
 
     def _buffer(self, rows: int, shape: tuple[int, ...], dtype: torch.dtype, fill: float) -> Tensor:
@@ -64,13 +72,16 @@ class RaggedStorage:
     @property
     def nbytes(self) -> int:
         """Bytes of every buffer, spare rows, statistics and index tables included."""
-        buffers = [*self.columns.values(), *self._tables.values()]
+        segments = [] if self._segments is None else [x for x in vars(self._segments).values() if isinstance(x, Tensor)]
+        buffers = [*self.columns.values(), *self._tables.values(), *segments]
         return sum(b.untyped_storage().nbytes() for b in buffers)
 
     def table(self, name: str) -> Tensor:
         """``start``, ``length`` or ``capacity`` as int64 ``[N]`` on the device."""
         if name not in self._tables:
-            self._tables[name] = torch.tensor(getattr(self, name), dtype=torch.int64, device=self.device)
+            # Normal tensors even under inference_mode: appends outside it write to the lengths.
+            with torch.inference_mode(False):
+                self._tables[name] = torch.tensor(getattr(self, name), dtype=torch.int64, device=self.device)
         return self._tables[name]
 
     def _set_length(self, length: list[int]) -> None:
@@ -95,6 +106,20 @@ class RaggedStorage:
             return column.view(self.heads, self.capacity[0], *column.shape[1:])[:, : self.width]
         return column[self.index()]
 
+    def ordered(self, name: str) -> Tensor:
+        """As :meth:`dense`, rows by ascending position whatever their order in memory."""
+        rows = self.dense(name)
+        if not self.by_class:
+            return rows
+        return torch.take_along_dim(rows, _like(self._by_position(), rows), dim=1)
+
+    def _by_position(self) -> Tensor:
+        """``[N, width]``: physical index of each row by ascending position, absent ones last."""
+        position, valid = self.dense("position").long(), self.valid()
+        if valid is not None:
+            position = torch.where(valid, position, torch.iinfo(torch.int64).max)
+        return position.argsort(dim=1, stable=True)
+
     def valid(self) -> Tensor | None:
         """``[N, width]`` bool, True where a row is present; None if all are."""
         if self.even:
@@ -105,9 +130,14 @@ class RaggedStorage:
         """``[N, width]`` fp32 log cardinality; None if every row is a single token."""
         return self.dense("log_n") if self.merged else None
 
-    def rows(self, name: str, head: int) -> Tensor:
-        """A head's rows of a column, ``[length, ...]``, by ascending position (the physical order)."""
+    def run(self, name: str, head: int) -> Tensor:
+        """A head's rows of a column, ``[length, ...]``, a view in the order of memory."""
         return self.columns[name][self.start[head] : self.start[head] + self.length[head]]
+
+    def rows(self, name: str, head: int) -> Tensor:
+        """A head's rows of a column, ``[length, ...]``, by ascending position."""
+        rows = self.run(name, head)
+        return rows[self.run("position", head).argsort(stable=True)] if self.by_class else rows
 
     # -- writing -------------------------------------------------------------------------------------------------
     def append(self, new: dict[str, Tensor], counts: list[int]) -> None:
@@ -121,6 +151,25 @@ class RaggedStorage:
         need = [n + c for n, c in zip(self.length, counts, strict=True)]
         if any(n > c for n, c in zip(need, self.capacity, strict=True)):
             self.reserve([capacity_for(n) for n in need])
+        if new.keys() == TOKEN_COLUMNS and row_ops.native_append(self.columns["keys"], new["keys"]):
+            self._append_native(new, None if min(counts, default=t) == t else counts)
+            self.length = need
+        else:
+            self._append_indexed(new, counts, t)
+            self._set_length(need)
+        if self._segments is not None:
+            self._segments.grow(counts)
+
+    def _append_native(self, new: dict[str, Tensor], counts: list[int] | None) -> None:
+        """One launch; the device's table of lengths is counted up with the rows."""
+        columns = [self.columns[name] for name in ROW_COLUMNS]
+        tables = [self.table(name) for name in ("length", "start", "capacity")]
+        take = None if counts is None else torch.tensor(counts, device=self.device)
+        rows = [new[name].to(self.columns[name].dtype) for name in ("keys", "values", "position")]
+        row_ops.ragged_append_(*columns, *tables, *rows, None, take)
+
+    def _append_indexed(self, new: dict[str, Tensor], counts: list[int], t: int) -> None:
+        """Any columns, by PyTorch's indexing."""
         if self.even and self.strided and min(counts) == t:
             at, end = self.length[0], self.length[0] + t
             for name, rows in new.items():
@@ -132,7 +181,6 @@ class RaggedStorage:
             taken = offset < torch.tensor(counts, device=self.device)[:, None]
             for name, rows in new.items():
                 self.columns[name][target[taken]] = rows[taken].to(self.columns[name].dtype)
-        self._set_length(need)
 
     def reserve(self, capacity: list[int]) -> None:
         """Moves the rows into a buffer with at least ``capacity`` rows per head."""
@@ -150,6 +198,23 @@ class RaggedStorage:
                     _fill(moved, column, rows, valid, self.width)
         self.capacity, self.start, self.columns = moved.capacity, moved.start, moved.columns
         self._tables.clear()
+        self._segments = None
+
+    def segments(self) -> Segments:
+        """Runs of equal cardinality, for attention that takes no bias; sorts the rows by class where they are merged.
+
+        New rows have cardinality 1 and go behind, so that this is done once after a compaction.
+        """
+        if self._segments is None:
+            if self.merged and not self.by_class:
+                valid = torch.arange(self.width, device=self.device) < self.table("length")[:, None]
+                order = class_order(self.dense("cardinality"), valid)
+                for name in self.columns:
+                    rows = self.dense(name)
+                    self.write(name, torch.take_along_dim(rows, _like(order, rows), dim=1))
+                self.by_class = True
+            self._segments = build_segments(self.columns["cardinality"], self.start, self.length, self.device)
+        return self._segments
 
     def like(self, capacity: list[int]) -> RaggedStorage:
         """Empty storage with the same columns."""
@@ -167,8 +232,10 @@ class RaggedStorage:
         self.columns.pop(name, None)
 
     def write(self, name: str, rows: Tensor) -> None:
-        """Overwrites a column by dense ``rows [N, width, ...]``; absent entries are ignored."""
+        """Overwrites a column by dense ``rows [N, width, ...]``, by ascending position; absent entries are ignored."""
         column = self.columns[name]
+        if self.by_class:
+            rows = torch.take_along_dim(rows, _like(self._by_position().argsort(dim=1), rows), dim=1)
         if self.strided:
             target = column.view(self.heads, self.capacity[0], *column.shape[1:])[:, : self.width]
             valid = self.valid()
@@ -189,11 +256,12 @@ class RaggedStorage:
             for name, (_, _, fill) in self.spec.items():
                 self.columns[name][start + left : start + left + gone] = fill
         self._set_length(keep)
+        self._segments = None
 
     def select(self, heads: list[int]) -> RaggedStorage:
         """Copies of the given heads, in that order (beam search, batch selection)."""
         out = self.like([self.capacity[h] for h in heads])
-        out.merged = self.merged
+        out.merged, out.by_class = self.merged, self.by_class
         ranges = [torch.arange(self.start[h], self.start[h] + self.capacity[h]) for h in heads]
         source = torch.cat(ranges).to(self.device) if ranges else torch.empty(0, dtype=torch.long)
         for name in self.columns:
@@ -204,6 +272,11 @@ class RaggedStorage:
     def clone(self) -> RaggedStorage:
         """A deep copy."""
         return self.select(list(range(self.heads)))
+
+
+def _like(index: Tensor, rows: Tensor) -> Tensor:
+    """``index [N, T]`` shaped to select from ``rows [N, T, ...]``."""
+    return index.view(*index.shape, *(1,) * (rows.ndim - 2))
 
 
 def _exclusive_sum(values: list[int]) -> list[int]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
-import asymkv.patch
-from asymkv.models import families, get_adapter
+if not torch.cuda.is_available():
+    # Before anything imports triton, as transformers does: kernels run in its interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import asymkv.patch  # noqa: E402
+from asymkv.models import families, get_adapter  # noqa: E402
 
 torch.set_num_threads(1)
 

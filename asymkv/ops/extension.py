@@ -1,0 +1,99 @@
+"""The C++/CUDA extension: loading it, and fake kernels for ``torch.compile``.
+
+Its ops are ``torch.ops.asymkv.*``, with the names, arguments and semantics of the functions in
+:mod:`asymkv.ops.reference`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+
+import torch
+from torch import Tensor
+
+from asymkv.ops import checks
+
+ADVICE = (
+    "asymkv runs without its C++ extension: appends, compactions and decode attention on the CPU are slower. Build it "
+    "with: pip install --no-build-isolation -e . (needs a C++ compiler)"
+)
+
+
+@functools.cache
+def loaded() -> bool:
+    """Whether the extension is there; loads it at the first call."""
+    try:
+        importlib.import_module("asymkv._C")
+    except ImportError:
+        return False
+    _register_fakes()
+    return True
+
+
+def serves(device: torch.device) -> bool:
+    """Whether the row ops run natively on a device."""
+    return loaded() and _has_kernel(device.type)
+
+
+@functools.cache
+def _has_kernel(device_type: str) -> bool:
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("asymkv::ragged_append_", key)
+
+
+@functools.cache
+def warn_if_missing() -> None:
+    """Says once that the library runs without compiled code."""
+    if not loaded():
+        warnings.warn(ADVICE, RuntimeWarning, stacklevel=3)
+
+
+def _register_fakes() -> None:
+    fake = torch.library.register_fake
+    fake("asymkv::ragged_append_")(_fake_append)
+    fake("asymkv::compaction_layout")(_fake_layout)
+    fake("asymkv::ragged_compact")(_fake_compact)
+    fake("asymkv::lma_decode")(_fake_decode)
+    fake("asymkv::attention_mass")(_fake_mass)
+    fake("asymkv::key_curvature")(_fake_curvature)
+
+
+def _fake_append(*args: Tensor | None, **kwargs: Tensor | None) -> None:
+    checks.check_append(*args, **kwargs)  # type: ignore[arg-type]
+
+
+def _fake_layout(destination: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    checks.check_layout(destination, length)
+    heads, width = destination.shape
+    order = destination.new_empty(heads, width, dtype=torch.int32)
+    return order, destination.new_empty(heads, width + 1, dtype=torch.int32), torch.empty_like(length)
+
+
+def _fake_compact(*args: Tensor | list[Tensor] | None) -> None:
+    checks.check_compact(*args)  # type: ignore[arg-type]
+
+
+def _fake_decode(
+    query: Tensor, keys: Tensor, values: Tensor, log_n: Tensor | None, start: Tensor, length: Tensor, scale: float,
+    position: Tensor | None = None, query_position: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    checks.check_decode(query, keys, values, log_n, start, length, scale, position, query_position)
+    return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
+
+
+def _fake_mass(
+    query: Tensor, keys: Tensor, log_n: Tensor, position: Tensor, query_position: Tensor, lse: Tensor, scale: float
+) -> Tensor:
+    checks.check_statistics(query, keys, keys, log_n, position, query_position, lse)
+    return lse.new_empty(*query.shape[:2], keys.shape[1])
+
+
+def _fake_curvature(
+    query: Tensor, keys: Tensor, values: Tensor, log_n: Tensor, position: Tensor, query_position: Tensor, lse: Tensor,
+    out: Tensor, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    checks.check_statistics(query, keys, values, log_n, position, query_position, lse, out)
+    square = lse.new_empty(keys.shape)
+    return square, square.new_empty(*keys.shape[:2], keys.shape[2] // 2)
