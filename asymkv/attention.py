@@ -11,7 +11,7 @@ from torch import Tensor
 from asymkv.cache import CompressedCache, Step
 from asymkv.layer import CompressedLayer
 from asymkv.models.adapter import FamilyAdapter
-from asymkv.ops import BACKENDS, ragged_attention, row_bias
+from asymkv.ops import differentiable_attention, ragged_attention, row_bias
 from asymkv.rope import apply_rope
 from asymkv.view import RowView
 
@@ -61,14 +61,14 @@ def attend(cache: CompressedCache, layer: CompressedLayer, q: Tensor, k: Tensor,
     cache.measure(layer)
     several = positions.shape[1] > 1
     out, lse = ragged_attention(
-        q, layer, query_positions=positions if several else None, scale=scale, backend=cache.backend
+        q, layer, query_positions=positions if several else None, counts=step.counts, scale=scale, backend=cache.backend
     )
-    observe(cache, layer, step, q, lse, scale)
+    observe(cache, layer, step, q, (out, lse), scale)
     return out
 
 
 def observe(
-    cache: CompressedCache, layer: CompressedLayer, step: Step, q: Tensor, lse: Tensor, scale: float
+    cache: CompressedCache, layer: CompressedLayer, step: Step, q: Tensor, result: tuple[Tensor, Tensor], scale: float
 ) -> None:
     """Collects what the method needs from the chunk's queries, and compacts the layer if that is due."""
     needs = cache.config.options.needs
@@ -78,8 +78,8 @@ def observe(
     if step.prompt:
         if "attention" in needs:
             _flush(cache, layer, scale)
-            layer.accumulate_mass(_with_queries(layer.view(cache.rope, scale), q, present, lse))
-        compact_due(cache, layer, step, q, present, scale, lse)
+            layer.accumulate_mass(_with_queries(layer.view(cache.rope, scale), q, present, result))
+        compact_due(cache, layer, step, q, present, scale, result)
         return
     if needs & {"queries", "attention"}:
         layer.remember(q, present)
@@ -112,12 +112,12 @@ def compact_due(
     q: Tensor | None,
     positions: Tensor | None,
     scale: float,
-    lse: Tensor | None = None,
+    result: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Compacts the layer for the rows of the batch that have a budget in this step, if a head exceeds it."""
     if not layer.exceeds(step.budget):
         return
-    view = _with_queries(layer.view(cache.rope, scale, prompt=step.prompt), q, positions, lse)
+    view = _with_queries(layer.view(cache.rope, scale, prompt=step.prompt), q, positions, result)
     layer.compact(cache.config.options, view, step.budget)
     cache.measure(layer)
     step.compacted = True
@@ -165,9 +165,9 @@ def _taped(
         past_rotary, past_length = past.rotary_positions, list(layer.storage.length)
         rows = _concatenate(past, new)
     bias = row_bias(rows.bias().flatten(0, 1), None, rows.positions, positions, k.shape[1])
-    out, lse = BACKENDS[cache.backend](q, rows.keys, rows.values, bias, scale)
+    out, lse = differentiable_attention(cache.backend)(q, rows.keys, rows.values, bias, scale)
     rows.keys, rows.values = rows.keys.detach(), rows.values.detach()
-    rows = _with_queries(rows, q.detach(), queries_at, lse.detach())
+    rows = _with_queries(rows, q.detach(), queries_at, (out.detach(), lse.detach()))
     step.tape[layer.index] = TapeEntry(past_keys, k, past_length, past_rotary, rotary, rows)
     if step.store:
         with torch.no_grad():
@@ -187,9 +187,11 @@ def _concatenate(past: RowView, new: RowView) -> RowView:
 
 
 def _with_queries(
-    view: RowView, queries: Tensor | None, positions: Tensor | None, lse: Tensor | None = None
+    view: RowView, queries: Tensor | None, positions: Tensor | None, result: tuple[Tensor, Tensor] | None = None
 ) -> RowView:
-    view.queries, view.query_positions, view.query_lse = queries, positions, lse
+    """Adds queries, and the ``out, lse`` of their attention over these very rows if that is known."""
+    view.queries, view.query_positions = queries, positions
+    view.query_out, view.query_lse = (None, None) if result is None else result
     return view
 
 

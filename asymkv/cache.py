@@ -104,7 +104,7 @@ class CompressedCache(Cache):
             kv_heads,
             2 * head_dim * dtype.itemsize + METADATA_BYTES + config.options.row_bytes(head_dim, dtype, config),
         )
-        self.backend = resolve_backend(config.backend)
+        self.backend = resolve_backend(config.backend, rope.device, head_dim, dtype)
         self.step: Step | None = None
         self.prompt_tokens: list[int] = []  # own prompt tokens of all turns, per row
         self.expected_prompt: list[int] = []  # the same once the announced prompt is in

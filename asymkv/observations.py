@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from asymkv.ops import rows as row_ops
 from asymkv.view import RowView
 
 BLOCK_ELEMENTS = 1 << 19  # logits in memory at a time: 2 MiB in fp32, the size of a core's cache
@@ -130,11 +131,13 @@ def sampled(view: RowView, most: int | None) -> RowView:
     # Own counts decide, so that the choice does not depend on what a row is batched with.
     index = torch.where(count > most, slot * count // most, slot)
     wide = index[:, None].expand(-1, queries.shape[1], -1)
+    rows = wide[..., None].expand(-1, -1, -1, queries.shape[3])
     return dataclasses.replace(
         view,
-        queries=queries.gather(2, wide[..., None].expand(-1, -1, -1, queries.shape[3])),
+        queries=queries.gather(2, rows),
         query_positions=positions.gather(1, index),
         query_lse=None if view.query_lse is None else view.query_lse.gather(2, wide),
+        query_out=None if view.query_out is None else view.query_out.gather(2, rows),
     )
 
 
@@ -145,6 +148,10 @@ def attention_mass(view: RowView, *, per_query_head: bool = False) -> Tensor:
         ``[B, H_kv, T]`` summed over the query heads of a group; ``[B, H_kv, G, T]`` with ``per_query_head``.
     """
     batch, kv_heads, rows = view.valid.shape
+    if row_ops.native_columns(view.keys) and view.query_lse is not None:
+        query, keys, *rest = _columns(view)
+        mass = row_ops.attention_mass(query, keys, *rest, view.scale).view(batch, kv_heads, -1, rows)
+        return mass if per_query_head else mass.sum(2)
     total: Tensor | None = None
     for block in QueryBlocks(view):
         per_token = block.per_token
@@ -180,6 +187,25 @@ def key_curvature(view: RowView) -> Tensor:
         ``[B, H_kv, T, D]``.
     """
     half = view.keys.shape[-1] // 2
+    square, product = (x.view(*view.valid.shape, -1) for x in _curvature_sums(view))
+    # Turning back by angle a: (q_d cos a + q_d' sin a)^2 and (q_d' cos a - q_d sin a)^2, expanded.
+    unit = torch.zeros_like(view.keys, dtype=square.dtype)
+    unit[..., :half] = 1
+    turned = view.rope.rotate(unit, view.rotary_positions)
+    cos, sin = turned[..., :half], turned[..., half:]
+    first, second = square[..., :half], square[..., half:]
+    low = first * cos**2 + second * sin**2 + 2 * product * cos * sin
+    high = second * cos**2 + first * sin**2 - 2 * product * cos * sin
+    return torch.cat((low, high), dim=-1).clamp(min=0) * view.scale**2
+
+
+def _curvature_sums(view: RowView) -> tuple[Tensor, Tensor]:
+    """``sum e q_d^2 [B * H_kv, T, D]`` and ``sum e q_d q_(d + D/2) [B * H_kv, T, D / 2]``, e the output energy."""
+    if row_ops.native_columns(view.keys) and view.query_lse is not None and view.query_out is not None:
+        query, keys, *rest = _columns(view)
+        values, out = view.values.flatten(0, 1), view.query_out.reshape(query.shape).contiguous()
+        return row_ops.key_curvature(query, keys, values, *rest, out, view.scale)
+    half = view.keys.shape[-1] // 2
     values = _values(view)
     square: Tensor | float = 0.0
     product: Tensor | float = 0.0
@@ -189,16 +215,18 @@ def key_curvature(view: RowView) -> Tensor:
         square = square + energy @ q.square()
         product = product + energy @ (q[..., :half] * q[..., half:])
     assert isinstance(square, Tensor) and isinstance(product, Tensor)
-    square, product = (x.view(*view.valid.shape, -1) for x in (square, product))
-    # Turning back by angle a: (q_d cos a + q_d' sin a)^2 and (q_d' cos a - q_d sin a)^2, expanded.
-    unit = torch.zeros_like(view.keys, dtype=values.dtype)
-    unit[..., :half] = 1
-    turned = view.rope.rotate(unit, view.rotary_positions)
-    cos, sin = turned[..., :half], turned[..., half:]
-    first, second = square[..., :half], square[..., half:]
-    low = first * cos**2 + second * sin**2 + 2 * product * cos * sin
-    high = second * cos**2 + first * sin**2 - 2 * product * cos * sin
-    return torch.cat((low, high), dim=-1).clamp(min=0) * view.scale**2
+    return square, product
+
+
+def _columns(view: RowView) -> tuple[Tensor, ...]:
+    """Arguments of the compiled column sums: query, keys, log_n, position, query_position, lse."""
+    assert view.queries is not None and view.query_positions is not None and view.query_lse is not None
+    batch, kv_heads, _ = view.valid.shape
+    _, heads, queries, dim = view.queries.shape
+    query = view.queries.reshape(batch * kv_heads, heads // kv_heads, queries, dim).contiguous()
+    at = view.query_positions[:, None].expand(-1, kv_heads, -1).reshape(-1, queries).contiguous()
+    lse = view.query_lse.reshape(query.shape[:3]).contiguous()
+    return query, view.keys.flatten(0, 1), view.bias().flatten(0, 1), view.positions.flatten(0, 1), at, lse
 
 
 def _values(view: RowView) -> Tensor:

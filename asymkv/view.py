@@ -31,6 +31,7 @@ class RowView:
         queries: ``[B, H, Q, D]``, rotated, if the method needs them.
         query_positions: ``[B, Q]`` int64, -1 where absent.
         query_lse: ``[B, H, Q]``, the log-sum-exp of each query over these very rows, if it is known.
+        query_out: ``[B, H, Q, D]``, the attention output of each query over these very rows, if it is known.
         statistics: per-row columns that ride along, ``[B, H_kv, T, ...]``.
         evidence: what is known for this compaction only, ``[B, H_kv, T, ...]``; gone afterwards.
         scale: factor of the logits.
@@ -52,6 +53,7 @@ class RowView:
     queries: Tensor | None = None
     query_positions: Tensor | None = None
     query_lse: Tensor | None = None
+    query_out: Tensor | None = None
     statistics: dict[str, Tensor] = field(default_factory=dict)
     evidence: dict[str, Tensor] = field(default_factory=dict)
 
