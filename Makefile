@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY = PASSIVE
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test test-oldest test-gpu lint format clean readme
+.PHONY: install demo test test-oldest test-gpu bench-gpu lint format clean readme
 
 SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -49,6 +49,9 @@ test-oldest:  ## the tests on the oldest supported transformers, in a venv of it
 
 test-gpu: install  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+bench-gpu: install  ## the benchmarks on a CUDA device
+	$(BIN)/python scripts/bench_ops.py --device cuda --dtypes bfloat16 --out benchmarks/results/ops_gpu
 
 lint: install  ## ruff, formatting, types, house rules
 	$(BIN)/ruff check .
