@@ -97,3 +97,22 @@ def test_integer_and_fp8_caches_are_refused(dtype):
     rows = torch.zeros(1, 1, 2, 4).to(dtype)
     with pytest.raises(ValueError, match="allowed, equal for both: .*bfloat16"):
         CompressedLayer().append(rows, rows)
+
+
+def test_rows_sorted_by_cardinality_are_still_handed_out_by_position():
+    storage, _ = make([5, 1, 30, 7])
+    storage.add_column("cardinality", (), torch.int32)
+    storage.write("position", torch.arange(30).expand(4, -1))
+    storage.write("cardinality", torch.randint(1, 4, (4, 30)))
+    storage.merged = True
+    before = [[storage.rows(name, h).clone() for h in range(4)] for name in ("keys", "cardinality", "position")]
+    segments = storage.segments()
+    assert storage.by_class and int(segments.used.sum()) == 43
+    last = storage.run("cardinality", 2).tolist()
+    assert sorted(last, key=lambda n: (n == 1, n)) == last
+    storage.write("log_n", storage.ordered("position").float())
+    for name, rows in zip(("keys", "cardinality", "position"), before, strict=True):
+        assert all(torch.equal(storage.rows(name, h), rows[h]) for h in range(4))
+    assert all(torch.equal(storage.rows("log_n", h), storage.rows("position", h).float()) for h in range(4))
+    storage.append({"keys": torch.ones(4, 1, 8), "position": torch.full((4, 1), 30)}, [1, 1, 1, 1])
+    assert int(segments.used.sum()) == 47 and (storage.rows("keys", 3)[-1] == 1).all()
