@@ -66,7 +66,23 @@ class Method:
         """Worth of each row, ``[B, H_kv, T]``; the lowest go first."""
         raise TypeError(f"{type(self).__name__} decides in plan(), not by a score per row")
 
+    def judge(self, view: RowView) -> tuple[Tensor, Tensor]:
+        """What giving up each unit costs, and which units may be given up.
+
+        A unit is what a head loses one row by: a row that goes (the default), or a pair that becomes one row. What
+        :meth:`carry_out` needs beside the choice belongs into ``view.evidence``: queries may be gone by then.
+
+        Returns:
+            ``cost [B, H_kv, U]`` and ``free [B, H_kv, U]`` bool; by default the scores of the rows outside sinks and
+            window.
+        """
+        return self.score(view), ~view.protected(self.sink_size, self.window_size)
+
+    def carry_out(self, view: RowView, chosen: Tensor) -> CompactionPlan:
+        """The plan that gives up the chosen units, ``[B, H_kv, U]`` bool; may edit rows of ``view`` that stay."""
+        return keep_rows(~chosen & view.valid)
+
     def plan(self, view: RowView) -> CompactionPlan:
-        """Where each row goes: by default the lowest scores outside sinks and window are dropped."""
-        free = ~view.protected(self.sink_size, self.window_size)
-        return keep_rows(~lowest(self.score(view), view.excess, free) & view.valid)
+        """Where each row goes: by default every head gives up its cheapest units."""
+        cost, free = self.judge(view)
+        return self.carry_out(view, lowest(cost, view.excess, free))
