@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asymkv.budgets.heads import Judged
 from asymkv.cache import CompressedCache, Step
-from asymkv.layer import CompressedLayer
+from asymkv.layer import CompressedLayer, Judgement
 from asymkv.models.adapter import FamilyAdapter
 from asymkv.ops import differentiable_attention, ragged_attention, row_bias
 from asymkv.rope import apply_rope
@@ -29,9 +30,41 @@ def attention_forward(
     """
     if cache.step is None:
         raise ValueError("a CompressedCache is driven by the causal LM's forward; call the LM, not its decoder alone")
+    layer = cache.layers[module.layer_idx]
+    if "output_weight" in cache.config.options.needs:
+        layer.output_weight = module.o_proj.weight
     q, k, v = adapter.project(module, hidden)
-    out = attend(cache, cache.layers[module.layer_idx], q, k, v, module.scaling)
+    out = attend(cache, layer, q, k, v, module.scaling)
     return module.o_proj(out.transpose(1, 2).reshape(*hidden.shape[:-1], -1)), None
+
+
+@dataclass
+class Seen:
+    """Queries that judge rows.
+
+    Args:
+        queries: ``[B, H, Q, D]``, rotated.
+        positions: ``[B, Q]`` int64, -1 where absent.
+        out, lse: their attention over the very rows that are judged, if it is known.
+        raw: ``[B, H, Q, D]`` before RoPE, if it is at hand.
+    """
+
+    queries: Tensor | None = None
+    positions: Tensor | None = None
+    out: Tensor | None = None
+    lse: Tensor | None = None
+    raw: Tensor | None = None
+
+    @classmethod
+    def remembered(cls, layer: CompressedLayer) -> Seen:
+        """The last decode queries of a layer; nothing where it keeps none."""
+        return cls() if layer.ring is None else cls(layer.ring.queries, layer.ring.positions)
+
+    def on(self, view: RowView) -> RowView:
+        """Adds the queries to a view."""
+        view.queries, view.query_positions, view.raw_queries = self.queries, self.positions, self.raw
+        view.query_out, view.query_lse = self.out, self.lse
+        return view
 
 
 def attend(cache: CompressedCache, layer: CompressedLayer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -49,6 +82,7 @@ def attend(cache: CompressedCache, layer: CompressedLayer, q: Tensor, k: Tensor,
     assert step is not None
     if step.prompt:
         _make_room(cache, layer, step, scale)
+    raw = q if "raw_queries" in cache.config.options.needs else None
     rotary = None
     if step.tape is not None or layer.policy != "original":
         rotary = _rotary_of_new(layer, step, k)
@@ -63,63 +97,87 @@ def attend(cache: CompressedCache, layer: CompressedLayer, q: Tensor, k: Tensor,
     out, lse = ragged_attention(
         q, layer, query_positions=positions if several else None, counts=step.counts, scale=scale, backend=cache.backend
     )
-    observe(cache, layer, step, q, (out, lse), scale)
+    observe(cache, layer, step, Seen(q, step.query_positions(q.device), out, lse, raw), scale)
     return out
 
 
-def observe(
-    cache: CompressedCache, layer: CompressedLayer, step: Step, q: Tensor, result: tuple[Tensor, Tensor], scale: float
-) -> None:
+def observe(cache: CompressedCache, layer: CompressedLayer, step: Step, seen: Seen, scale: float) -> None:
     """Collects what the method needs from the chunk's queries, and compacts the layer if that is due."""
     needs = cache.config.options.needs
-    if not needs & {"queries", "attention"} and not layer.exceeds(step.budget):
+    due = is_due(cache, layer, step)
+    if not needs & {"queries", "attention"} and not due:
         return
-    present = step.query_positions(q.device)
     if step.prompt:
         if "attention" in needs:
             _flush(cache, layer, scale)
-            layer.accumulate_mass(_with_queries(layer.view(cache.rope, scale), q, present, result))
-        compact_due(cache, layer, step, q, present, scale, result)
+            layer.accumulate_mass(seen.on(layer.view(cache.rope, scale)))
+        compact_due(cache, layer, step, seen, scale)
         return
     if needs & {"queries", "attention"}:
-        layer.remember(q, present)
-    due = layer.exceeds(step.budget)
+        assert seen.queries is not None and seen.positions is not None
+        layer.remember(seen.queries, seen.positions)
     if "attention" in needs and layer.ring is not None and (due or layer.ring.full):
         _flush(cache, layer, scale)
     if due:
-        queries = (layer.ring.queries, layer.ring.positions) if layer.ring is not None else (q, present)
-        compact_due(cache, layer, step, *queries, scale)
+        compact_due(cache, layer, step, seen if layer.ring is None else Seen.remembered(layer), scale)
+
+
+def is_due(cache: CompressedCache, layer: CompressedLayer, step: Step) -> bool:
+    """Whether some row of the batch must lose rows of this layer in this step."""
+    if cache.deferred:
+        return any(step.due)
+    return any(layer.exceeding(step.limits[layer.index], ragged=cache.config.head_split.ragged))
 
 
 def _make_room(cache: CompressedCache, layer: CompressedLayer, step: Step, scale: float) -> None:
     """Compacts what decode has left above the budget before a new turn's chunk: rows never exceed budget + chunk."""
-    if not step.store or not layer.is_initialized or not layer.exceeds(step.budget):
+    if cache.deferred or not step.store or not layer.is_initialized or not is_due(cache, layer, step):
         return
     needs = cache.config.options.needs & {"queries", "attention"}
-    ring = layer.ring
-    if needs and (ring is None or not ring.cursor):
+    if needs and (layer.ring is None or not layer.ring.cursor):
         return  # no decode query to judge by: the chunk's own will
     if "attention" in needs:
         _flush(cache, layer, scale)
-    queries, positions = (None, None) if ring is None else (ring.queries, ring.positions)
-    compact_due(cache, layer, step, queries, positions, scale)
+    compact_due(cache, layer, step, Seen.remembered(layer), scale)
 
 
-def compact_due(
-    cache: CompressedCache,
-    layer: CompressedLayer,
-    step: Step,
-    q: Tensor | None,
-    positions: Tensor | None,
-    scale: float,
-    result: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    """Compacts the layer for the rows of the batch that have a budget in this step, if a head exceeds it."""
-    if not layer.exceeds(step.budget):
+def compact_due(cache: CompressedCache, layer: CompressedLayer, step: Step, seen: Seen, scale: float) -> None:
+    """Compacts the layer if a row of the batch exceeds its limit in this step; or judges it, if layers wait."""
+    if not is_due(cache, layer, step):
         return
-    view = _with_queries(layer.view(cache.rope, scale, prompt=step.prompt), q, positions, result)
-    layer.compact(cache.config.options, view, step.budget)
+    method = cache.config.options
+    view = seen.on(layer.view(cache.rope, scale, prompt=step.prompt))
+    view.requests = step.requests
+    if cache.deferred:
+        cost, free = method.judge(layer.with_budget(view, step.limits[layer.index]))
+        layer.judgement = Judgement(cost, free, view.evidence, scale)
+        return
+    layer.compact(method, view, step.limits[layer.index], cache.config.head_split)
     cache.measure(layer)
+    step.compacted = True
+
+
+def settle(cache: CompressedCache, step: Step) -> None:
+    """Compacts all layers once every one of them has judged its rows, as the split over layers decides."""
+    waiting = [layer.judgement for layer in cache.layers]
+    if not any(step.due) or any(each is None for each in waiting):
+        return
+    views, judged = [], []
+    home = cache.layers[0].storage.device
+    for layer, found in zip(cache.layers, waiting, strict=True):
+        assert found is not None
+        limit = [n if due else None for n, due in zip(step.limits[layer.index], step.due, strict=True)]
+        view = layer.with_budget(layer.view(cache.rope, found.scale, prompt=step.prompt), limit)
+        view.evidence, view.requests, layer.judgement = found.evidence, step.requests, None
+        cost, free, lengths, budget = (x.to(home) for x in (found.cost, found.free, view.lengths, view.budget))
+        judged.append(Judged(cost, free, lengths, budget, layer.index))
+        views.append(view)
+    config = cache.config
+    requests = [r if due else None for r, due in zip(step.requests, step.due, strict=True)]
+    chosen = config.layer_split.split(judged, requests, config.head_split)
+    for layer, view, units in zip(cache.layers, views, chosen, strict=True):
+        layer.carry_out(config.options.carry_out(view, units.to(view.valid.device)), view)
+        cache.measure(layer)
     step.compacted = True
 
 
@@ -167,7 +225,7 @@ def _taped(
     bias = row_bias(rows.bias().flatten(0, 1), None, rows.positions, positions, k.shape[1])
     out, lse = differentiable_attention(cache.backend)(q, rows.keys, rows.values, bias, scale)
     rows.keys, rows.values = rows.keys.detach(), rows.values.detach()
-    rows = _with_queries(rows, q.detach(), queries_at, (out.detach(), lse.detach()))
+    rows = Seen(q.detach(), queries_at, out.detach(), lse.detach()).on(rows)
     step.tape[layer.index] = TapeEntry(past_keys, k, past_length, past_rotary, rotary, rows)
     if step.store:
         with torch.no_grad():
@@ -186,20 +244,11 @@ def _concatenate(past: RowView, new: RowView) -> RowView:
     )  # fmt: skip
 
 
-def _with_queries(
-    view: RowView, queries: Tensor | None, positions: Tensor | None, result: tuple[Tensor, Tensor] | None = None
-) -> RowView:
-    """Adds queries, and the ``out, lse`` of their attention over these very rows if that is known."""
-    view.queries, view.query_positions = queries, positions
-    view.query_out, view.query_lse = (None, None) if result is None else result
-    return view
-
-
 def _flush(cache: CompressedCache, layer: CompressedLayer, scale: float) -> None:
     """Adds the attention mass of remembered decode queries, then forgets those queries."""
     if layer.ring is None or not layer.ring.cursor:
         return
-    layer.accumulate_mass(_with_queries(layer.view(cache.rope, scale), layer.ring.queries, layer.ring.positions))
+    layer.accumulate_mass(Seen.remembered(layer).on(layer.view(cache.rope, scale)))
     layer.ring.clear()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,15 +13,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from asymkv.budgets import CacheShape, resolve_rows
+from asymkv.budgets import CacheShape
+from asymkv.budgets.layers import Request
 from asymkv.config import CompressionConfig
 from asymkv.layer import CompressedLayer
+from asymkv.ledger import BudgetLedger
 from asymkv.models import get_adapter
 from asymkv.models._compat import Cache, columns_to_crop
 from asymkv.ops import resolve_backend
 from asymkv.rope import Rope
-
-logger = logging.getLogger(__name__)
 
 # cardinality (int32), log n (fp32) and position (int32) of a row
 METADATA_BYTES = 12
@@ -36,7 +35,9 @@ class Step:
         counts: tokens per row of the batch.
         positions: ``[B, t]`` own-token positions (past the end: those that would follow).
         tables: ``cos, sin``, ``[B, t, D]``.
-        budget: rows per head to compact to after this chunk, per row of the batch; None = no compaction.
+        limits: rows per head to compact each layer to, per row of the batch; None = no compaction.
+        requests: what the limits come from.
+        due: per row of the batch, whether layers must judge their rows for a compaction after the forward.
         prompt: whether this is a prefill chunk (else one decode token per row).
         tape: collects what a backward pass needs; None = none will come.
         store: whether the chunk's rows are appended (False: they are only looked at).
@@ -46,7 +47,9 @@ class Step:
     counts: list[int]
     positions: Tensor
     tables: tuple[Tensor, Tensor]
-    budget: list[int | None]
+    limits: list[list[int | None]]
+    requests: list[Request | None]
+    due: list[bool]
     prompt: bool
     tape: dict[int, Any] | None = None
     store: bool = True
@@ -71,7 +74,7 @@ class Step:
         return self._queries[device]
 
 
-class CompressedCache(Cache):
+class CompressedCache(BudgetLedger, Cache):
     """A key/value cache that a method keeps within its budget.
 
     Args:
@@ -106,17 +109,13 @@ class CompressedCache(Cache):
         )
         self.backend = resolve_backend(config.backend, rope.device, head_dim, dtype)
         self.step: Step | None = None
-        self.prompt_tokens: list[int] = []  # own prompt tokens of all turns, per row
-        self.expected_prompt: list[int] = []  # the same once the announced prompt is in
-        self.prompt_until: list[int] = []  # tokens seen once the announced prompt is in
-        self.pending: list[int] = []
+        self.open_ledger()
         self.tail = torch.zeros(0, 0, dtype=torch.bool)  # columns since the last compaction: token or padding
         self.compactions = 0
         self.peak_rows = 0
         self.peak_nbytes = 0
         self._bytes: list[int] = [0] * num_layers
         self.in_call = False  # a forward has begun and not ended
-        self._raised_reported = False
         self._model: Callable[[], PreTrainedModel | None] = lambda: None
 
     @classmethod
@@ -221,31 +220,6 @@ class CompressedCache(Cache):
         seen = self.tokens_seen.tolist()
         return f"CompressedCache({self.config.describe()}, tokens_seen={seen}, rows<={self.max_rows()})"
 
-    # -- budgets -------------------------------------------------------------------------------------------------
-    def expect_prompt(self, new_tokens: list[int]) -> None:
-        """Announces the own prompt tokens that each row is about to get, in one forward or several."""
-        seen = self.layers[0].tokens or [0] * len(new_tokens)
-        before = self.prompt_tokens or [0] * len(new_tokens)
-        if len(seen) != len(new_tokens):
-            raise ValueError(f"the cache holds a batch of {len(seen)}; found one of {len(new_tokens)}")
-        self.expected_prompt = [n + b for n, b in zip(new_tokens, before, strict=True)]
-        self.prompt_until = [n + s for n, s in zip(new_tokens, seen, strict=True)]
-
-    def budget_rows(self) -> tuple[list[int], list[bool]]:
-        """Rows per head of each row of the batch, and whether a ratio's share was raised to the minimum."""
-        expected = self.expected_prompt or [0] * len(self.prompt_tokens)
-        tokens = [max(a, b) for a, b in zip(self.prompt_tokens, expected, strict=True)]
-        rows, raised = resolve_rows(
-            self.config.budget, self.config.ratio, self.config.minimum_rows, tokens, self.shape
-        )
-        if any(raised) and not self._raised_reported:
-            self._raised_reported = True
-            logger.warning(
-                "ratio=%s of %s prompt tokens is below sink_size + window_size + 1 = %d; budget raised to that",
-                self.config.ratio, tokens, self.config.minimum_rows,
-            )
-        return rows, raised
-
     # -- one forward ---------------------------------------------------------------------------------------------
     def start_call(self, counts: list[int]) -> list[bool]:
         """Accounts for a forward of ``counts[b]`` new tokens per row, before its first chunk.
@@ -260,18 +234,9 @@ class CompressedCache(Cache):
         if self.in_call:
             raise ValueError("the last forward on this cache was interrupted, so that its layers disagree; go on from "
                              "a fork() made before it, or reset()")
-        if not self.prompt_tokens:
-            self.prompt_tokens = [0] * len(counts)
-            self.pending = [0] * len(counts)
+        prompt = self.count_prompt(counts)
+        if not self.tail.shape[0]:
             self.tail = torch.zeros(len(counts), 0, dtype=torch.bool)
-        if len(counts) != len(self.prompt_tokens):
-            raise ValueError(f"the cache holds a batch of {len(self.prompt_tokens)}; found one of {len(counts)}")
-        seen = self.layers[0].tokens or [0] * len(counts)
-        until = self.prompt_until or [0] * len(counts)
-        prompt = [c > 1 or s == 0 or s < u for c, s, u in zip(counts, seen, until, strict=True)]
-        for row, count in enumerate(counts):
-            if prompt[row]:
-                self.prompt_tokens[row] += count
         self.in_call = True
         return prompt
 
@@ -282,27 +247,11 @@ class CompressedCache(Cache):
         self.step, self.in_call = None, False
         self.tail = valid[:, :0] if compacted else torch.cat([self.tail, valid], dim=1)
 
-    def chunk_budget(self, counts: list[int], is_prompt: list[bool]) -> list[int | None]:
-        """Rows per head that each row of the batch is compacted to after this chunk; None: it is not."""
-        if not self.config.options.compresses:
-            return [None] * len(counts)
-        rows, _ = self.budget_rows()
-        out: list[int | None] = []
-        for row, count in enumerate(counts):
-            due = is_prompt[row]
-            if not due and count and self.config.decode_interval:
-                self.pending[row] += count
-                due = self.pending[row] >= self.config.decode_interval
-            if due and count:
-                self.pending[row] = 0
-            out.append(rows[row] if due and count else None)
-        return out
-
     def measure(self, layer: CompressedLayer) -> None:
         """Updates the peaks after an append to one layer."""
         self._bytes[layer.index] = layer.nbytes
         self.peak_nbytes = max(self.peak_nbytes, sum(self._bytes))
-        self.peak_rows = max(self.peak_rows, layer.storage.width)
+        self.peak_rows = max(self.peak_rows, layer.mean_rows())
 
     # -- batch and history ---------------------------------------------------------------------------------------
     def crop(self, tokens_to_remove: int) -> None:
@@ -354,7 +303,7 @@ class CompressedCache(Cache):
         """Forgets everything seen."""
         super().reset()
         self.step, self.in_call = None, False
-        self.prompt_tokens, self.expected_prompt, self.prompt_until, self.pending = [], [], [], []
+        self.open_ledger()
         self.tail = torch.zeros(0, 0, dtype=torch.bool)
         self.compactions = self.peak_rows = self.peak_nbytes = 0
         self._bytes = [0] * len(self.layers)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from asymkv import budgets
+from asymkv.budgets import HEAD_BUDGETS, LAYER_BUDGETS, HeadBudgets, LayerBudgets, make_split, validate_budget
 from asymkv.paths import config_path, config_root
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 POSITION_POLICIES = ("original", "compact", "cardinality")
 DEFAULT_BUDGET = 2048
+WHOLE_PROMPT = "prompt"
 
 
 class _Default(int):
@@ -35,7 +36,7 @@ class CompressionConfig:
             ``sink_size + window_size + 1`` where smaller. Without budget and ratio: budget 2048.
         sink_size: first tokens of a row, kept exact.
         window_size: last tokens of a row, kept exact at a compaction.
-        chunk_size: own tokens per prefill chunk; None = the method's own.
+        chunk_size: own tokens per prefill chunk; "prompt" = the whole prompt at once; None = the method's own.
         decode_interval: compact every so many own generated tokens; 0 = never in decode.
         head_budgets: how a layer's budget is split over its KV heads (name or mapping with ``kind``).
         layer_budgets: how the budget is split over layers (name or mapping with ``kind``).
@@ -53,7 +54,7 @@ class CompressionConfig:
     ratio: float | None
     sink_size: int
     window_size: int
-    chunk_size: int | None
+    chunk_size: int | str | None
     decode_interval: int
     head_budgets: str | Mapping[str, Any]
     layer_budgets: str | Mapping[str, Any]
@@ -69,7 +70,7 @@ class CompressionConfig:
         ratio: float | None = None,
         sink_size: int = _Default(4),
         window_size: int = _Default(32),
-        chunk_size: int | None = None,
+        chunk_size: int | str | None = None,
         decode_interval: int = _Default(128),
         head_budgets: str | Mapping[str, Any] = "uniform",
         layer_budgets: str | Mapping[str, Any] = "uniform",
@@ -97,7 +98,7 @@ class CompressionConfig:
             raise ValueError(f"give budget or ratio, not both; found budget={self.budget!r}, ratio={self.ratio!r}")
         for name in ("sink_size", "window_size", "decode_interval"):
             _check_count(name, getattr(self, name), minimum=0)
-        if self.chunk_size is not None:
+        if self.chunk_size not in (None, WHOLE_PROMPT):
             _check_count("chunk_size", self.chunk_size, minimum=1)
         if self.ratio is not None and not (isinstance(self.ratio, (int, float)) and 0 < self.ratio <= 1):
             raise ValueError(f"ratio is the share of rows kept, in (0, 1]; found {self.ratio!r}")
@@ -105,10 +106,12 @@ class CompressionConfig:
             raise ValueError(f"position_policy {self.position_policy!r}; allowed: {[None, *POSITION_POLICIES]}")
         if self.backend not in ("auto", *BACKENDS):
             raise ValueError(f"unknown backend {self.backend!r}; allowed: {['auto', *BACKENDS]}")
-        budgets.validate_split("head_budgets", self.head_budgets, budgets.HEAD_SPLITS)
-        budgets.validate_split("layer_budgets", self.layer_budgets, budgets.LAYER_SPLITS)
-        budgets.validate_budget(self.budget, self.minimum_rows)
+        validate_budget(self.budget, self.minimum_rows)
+        heads = make_split("head_budgets", self.head_budgets, HEAD_BUDGETS)
+        layers = make_split("layer_budgets", self.layer_budgets, LAYER_BUDGETS)
+        object.__setattr__(self, "_splits", (heads, layers))
         self.options.validate(self)
+        _check_splits(self, heads, layers)
 
     @property
     def minimum_rows(self) -> int:
@@ -118,7 +121,19 @@ class CompressionConfig:
     @property
     def chunk(self) -> int | None:
         """Own tokens per prefill chunk; None = the whole prompt at once."""
+        if isinstance(self.chunk_size, str):
+            return None
         return self.chunk_size if self.chunk_size is not None else self.options.chunk_size
+
+    @property
+    def head_split(self) -> HeadBudgets:
+        """How a layer's budget is split over its heads."""
+        return self._splits[0]  # type: ignore[attr-defined]
+
+    @property
+    def layer_split(self) -> LayerBudgets:
+        """How the cache's budget is split over its layers."""
+        return self._splits[1]  # type: ignore[attr-defined]
 
     @property
     def positions(self) -> str:
@@ -169,6 +184,18 @@ class CompressionConfig:
 
 
 _FIELDS = frozenset(f.name for f in dataclasses.fields(CompressionConfig)) - {"options"}
+
+
+def _check_splits(config: CompressionConfig, heads: HeadBudgets, layers: LayerBudgets) -> None:
+    """Splits need a method that judges rows, and one of them must decide over the heads."""
+    uneven = {"head_budgets": type(heads) is not HeadBudgets, "layer_budgets": type(layers) is not LayerBudgets}
+    named = [name for name, found in uneven.items() if found]
+    if named and not config.options.splits_budget:
+        raise ValueError(f"method {config.method!r} with these settings decides for itself what every head keeps; "
+                         f"{', '.join(named)} must be 'uniform'")
+    if layers.joint and uneven["head_budgets"]:
+        raise ValueError(f"layer_budgets={config.layer_budgets!r} splits over heads too; head_budgets must be "
+                         f"'uniform', found {config.head_budgets!r}")
 
 
 def _check_count(name: str, value: Any, *, minimum: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from asymkv.attention import TapeEntry, compact_due
+from asymkv.attention import Seen, TapeEntry, compact_due, is_due
 from asymkv.cache import CompressedCache, Step
 from asymkv.layer import CompressedLayer
 from asymkv.models.adapter import FamilyAdapter
@@ -38,7 +39,9 @@ def loss_chunk(
         ids: ``[B, t or t + 1]`` the chunk's tokens and, where there is one, the token after it.
         following: tokens of each row from the chunk's first on.
     """
-    due = [any(flags) for flags in zip(*(x.exceeding(step.budget, step.counts) for x in cache.layers), strict=True)]
+    ragged = cache.config.head_split.ragged
+    each = [x.exceeding(step.limits[x.index], step.counts, ragged=ragged) for x in cache.layers]
+    due = step.due if cache.deferred else [any(flags) for flags in zip(*each, strict=True)]
     if not any(due):
         return forward(step)
     step.tape = {}
@@ -49,10 +52,9 @@ def loss_chunk(
     for layer in cache.layers:
         entry = step.tape.pop(layer.index)
         _store_fisher(cache, layer, entry, gradients[layer.index], step, due)
-        seen = entry.view
-        assert seen.query_out is not None and seen.query_lse is not None
-        result = (seen.query_out, seen.query_lse)
-        compact_due(cache, layer, step, seen.queries, seen.query_positions, seen.scale, result)
+        view = entry.view
+        seen = Seen(view.queries, view.query_positions, view.query_out, view.query_lse)
+        compact_due(cache, layer, step, seen, view.scale)
         if not cache.config.decode_interval:
             layer.storage.drop_column(FISHER)
             cache.measure(layer)
@@ -72,10 +74,10 @@ def replay_chunk(
 
     Two forwards and one backward; the loss is the mean inside the chunk, its first token not predicted.
     """
-    budget, step.budget = step.budget, [None] * len(step.budget)
+    look = dataclasses.replace(step, tape={}, store=False)
+    step.limits = [[None] * len(step.counts) for _ in cache.layers]
     compacted = False
-    if any(layer.exceeds(budget) for layer in cache.layers):
-        look = Step(step.counts, step.positions, step.tables, budget, prompt=True, tape={}, store=False)
+    if any(is_due(cache, layer, look) for layer in cache.layers if layer.is_initialized):
         with torch.enable_grad():
             hidden = forward(look).last_hidden_state
             inside = ids[:, : step.positions.shape[1]]
@@ -84,7 +86,7 @@ def replay_chunk(
         assert look.tape is not None
         gradients = _key_gradients(loss, look.tape)
         for layer in cache.layers:
-            _compact_judged(cache, layer, look.tape.pop(layer.index), gradients[layer.index][0], budget)
+            _compact_judged(cache, layer, look.tape.pop(layer.index), gradients[layer.index][0], look)
         compacted = True
     out = forward(step)
     step.compacted |= compacted
@@ -92,7 +94,7 @@ def replay_chunk(
 
 
 def _compact_judged(
-    cache: CompressedCache, layer: CompressedLayer, entry: TapeEntry, gradient: Tensor | None, budget: list[int | None]
+    cache: CompressedCache, layer: CompressedLayer, entry: TapeEntry, gradient: Tensor | None, step: Step
 ) -> None:
     """Compacts the past by the attention and gradients of a chunk that is not stored."""
     assert gradient is not None  # there is a past: it exceeds its budget
@@ -101,7 +103,7 @@ def _compact_judged(
     mass = attention_mass(entry.view, per_query_head=True)[..., :past]
     view.evidence["attention_sum"] = mass / view.cardinality[:, :, None]
     view.evidence["key_grad"] = cache.rope.rotate(gradient, -view.rotary_positions).to(view.keys.dtype)
-    layer.compact(cache.config.options, view, budget)
+    layer.compact(cache.config.options, view, step.limits[layer.index], cache.config.head_split)
     cache.measure(layer)
 
 

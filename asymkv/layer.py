@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,15 +12,26 @@ from torch import Tensor
 from asymkv.budgets import capacity_for
 from asymkv.models._compat import LayerBase
 from asymkv.observations import QueryRing, attention_mass
-from asymkv.plan import execute, rotary_positions
+from asymkv.plan import CompactionPlan, execute, rotary_positions
 from asymkv.rope import Rope
 from asymkv.storage import RaggedStorage
 from asymkv.view import RowView
 
 if TYPE_CHECKING:
+    from asymkv.budgets import HeadBudgets
     from asymkv.methods.base import Method
 
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+@dataclass(frozen=True)
+class Judgement:
+    """What a layer's units cost, kept until all layers have judged theirs (``asymkv.budgets.Judged``)."""
+
+    cost: Tensor
+    free: Tensor
+    evidence: dict[str, Tensor]
+    scale: float
+
+
 UNPATCHED = (
     "a CompressedCache was given to a model that is not patched; call asymkv.replace(config.model_type, ...) before "
     "from_pretrained, or with model=<this model> if it is already loaded (accelerate hooks included)"
@@ -41,6 +53,8 @@ class CompressedLayer(LayerBase):
         self.tokens: list[int] = []  # own tokens seen, per batch row
         self.columns_seen = 0
         self.ring: QueryRing | None = None
+        self.output_weight: Tensor | None = None  # the model's own, where the method needs it
+        self.judgement: Judgement | None = None  # waits for the other layers within one forward
 
     # -- Cache protocol ------------------------------------------------------------------------------------------
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -164,28 +178,42 @@ class CompressedLayer(LayerBase):
             scale=scale,
             rope=rope,
             statistics={n: self.dense(n) for n in self.storage.columns if n not in fixed},
+            layer=self.index,
+            output_weight=self.output_weight,
         )
 
-    def exceeding(self, budget: list[int | None], new: list[int] | None = None) -> list[bool]:
-        """Per row of the batch: whether a head holds more than its budget (None = no limit), ``new`` tokens added."""
-        added = new or [0] * len(budget)
+    def heads_of(self, row: int) -> list[int]:
+        """Rows that each KV head of one row of the batch holds."""
         heads = self.kv_heads if self.is_initialized else 1
-        held = self.storage.length if self.is_initialized else [0] * len(budget)
-        return [
-            limit is not None and max(held[row * heads : (row + 1) * heads]) + added[row] > limit
-            for row, limit in enumerate(budget)
-        ]
+        return self.storage.length[row * heads : (row + 1) * heads] if self.is_initialized else [0]
 
-    def exceeds(self, budget: list[int | None]) -> bool:
-        """Whether some head of some row holds more than its budget."""
-        return any(self.exceeding(budget))
+    def mean_rows(self) -> int:
+        """Rows per KV head, the mean over a row's heads, of the row of the batch that has the most; rounded up."""
+        return max(-(-sum(held) // len(held)) for held in map(self.heads_of, range(self.batch)))
 
-    def compact(self, method: Method, view: RowView, budget: list[int | None]) -> None:
-        """Brings every head of the rows that have a budget down to it, as the method decides."""
-        limit = [torch.iinfo(torch.int64).max if b is None else b for b in budget]
-        rows = torch.tensor(limit, device=self.storage.device)[:, None].expand_as(view.lengths)
-        view.budget = torch.minimum(view.lengths, rows)
-        self.storage = execute(method.plan(view), view, self.storage, self.policy)
+    def exceeding(self, limit: list[int | None], new: list[int] | None = None, *, ragged: bool = False) -> list[bool]:
+        """Per row of the batch: whether a head holds more than its limit (None = no limit), ``new`` tokens added.
+
+        Where heads are ``ragged``, the limit is one for their mean.
+        """
+        added = new or [0] * len(limit)
+        held = [self.heads_of(row) for row in range(len(limit))]
+        most = [sum(h) / len(h) if ragged else max(h) for h in held]
+        return [n is not None and m + a > n for n, m, a in zip(limit, most, added, strict=True)]
+
+    def with_budget(self, view: RowView, limit: list[int | None]) -> RowView:
+        """Sets the view's budget: the limit, or the rows that there are where a row of the batch has none."""
+        rows = torch.tensor([-1 if n is None else n for n in limit], device=view.lengths.device)[:, None]
+        view.budget = torch.where(rows < 0, view.lengths, rows)
+        return view
+
+    def compact(self, method: Method, view: RowView, limit: list[int | None], heads: HeadBudgets) -> None:
+        """Brings the heads of the rows that have a limit down to it, as the method and the split over heads decide."""
+        self.carry_out(method.plan(self.with_budget(view, limit), heads), view)
+
+    def carry_out(self, plan: CompactionPlan, view: RowView) -> None:
+        """Executes a plan; the queries that it was judged by are forgotten."""
+        self.storage = execute(plan, view, self.storage, self.policy)
         if self.ring is not None:
             self.ring.clear()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from asymkv import curvature
+from asymkv.attention import settle
 from asymkv.cache import CompressedCache, Step
 from asymkv.models._compat import CausalLMOutputWithPast
 from asymkv.models.adapter import FamilyAdapter
@@ -172,8 +173,11 @@ def _decode_all(
     for begin, end in _chunks(max(layout.counts), cache.config.chunk):
         counts = [min(max(n - begin, 0), end - begin) for n in layout.counts]
         cut = (tables[0][:, begin:end], tables[1][:, begin:end])
-        step = Step(counts, positions[:, begin:end], cut, cache.chunk_budget(counts, prompt), prompt=any(prompt))
+        requests = cache.requests(counts, prompt)
+        due = cache.exceeding(requests, counts)
+        step = Step(counts, positions[:, begin:end], cut, cache.limits(requests), requests, due, prompt=any(prompt))
         out = _run_chunk(adapter, lm, cache, call, step, begin, end)
+        settle(cache, step)
         compacted |= step.compacted
         cache.compactions += step.compacted
         if hidden is None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from asymkv.rope import Rope
+
+if TYPE_CHECKING:
+    from asymkv.budgets.layers import Request
 
 
 @dataclass
@@ -33,7 +38,11 @@ class RowView:
         query_lse: ``[B, H, Q]``, the log-sum-exp of each query over these very rows, if it is known.
         query_out: ``[B, H, Q, D]``, the attention output of each query over these very rows, if it is known.
         statistics: per-row columns that ride along, ``[B, H_kv, T, ...]``.
-        evidence: what is known for this compaction only, ``[B, H_kv, T, ...]``; gone afterwards.
+        evidence: what is known for this compaction only, first dimensions ``[B, H_kv]``; gone afterwards.
+        layer: index of the layer.
+        raw_queries: ``[B, H, Q, D]``, the queries before RoPE, if they are at hand.
+        requests: what was asked for, per row of the batch; None: nothing is to be lost there.
+        output_weight: ``[hidden, H * D]``, the layer's output projection, if the method needs "output_weight".
         scale: factor of the logits.
         rope: the model's rotary embedding.
     """
@@ -56,6 +65,10 @@ class RowView:
     query_out: Tensor | None = None
     statistics: dict[str, Tensor] = field(default_factory=dict)
     evidence: dict[str, Tensor] = field(default_factory=dict)
+    layer: int = 0
+    raw_queries: Tensor | None = None
+    output_weight: Tensor | None = None
+    requests: Sequence[Request | None] = ()
 
     @property
     def excess(self) -> Tensor:

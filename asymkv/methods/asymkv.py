@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from asymkv.budgets.heads import HeadBudgets
 from asymkv.methods import upstream
 from asymkv.methods.base import Method
 from asymkv.methods.upstream import upstream_compact
 from asymkv.observations import PairCost, attention_mass, exposure, key_curvature, pair_cost, sampled
 from asymkv.plan import CompactionPlan, contract_pairs, keep_rows
-from asymkv.view import RowView, lowest
+from asymkv.view import RowView
 
 if TYPE_CHECKING:
     from asymkv.config import CompressionConfig
@@ -102,22 +103,33 @@ class AsymKV(Method):
 
         return head_dim * statistic_dtype(dtype).itemsize
 
-    def plan(self, view: RowView) -> CompactionPlan:
-        """Contracts the cheapest adjacent pairs."""
-        if self.upstream_compat:
-            return upstream.plan(view, self.sink_size)
-        view = sampled(view, self.max_queries)
-        pairs, cost = self.pairs(view)
-        destination = contract_pairs(pairs)
-        return CompactionPlan(destination, self.key_weight(view, pairs, destination, cost))
+    @property
+    def splits_budget(self) -> bool:  # type: ignore[override]
+        return not self.upstream_compat
 
-    def pairs(self, view: RowView) -> tuple[Tensor, PairCost | None]:
-        """``[B, H_kv, T - 1]`` bool, the pairs to contract: as many as the head must lose rows."""
-        uses_cost = "output_error" in (self.pair_rule, self.key_weights)
-        cost = pair_cost(view) if uses_cost else None
-        score = self.pair_score(view, cost)
+    def plan(self, view: RowView, heads: HeadBudgets | None = None) -> CompactionPlan:
+        """Contracts the cheapest adjacent pairs, or does what the released code does."""
+        return upstream.plan(view, self.sink_size) if self.upstream_compat else super().plan(view, heads)
+
+    def judge(self, view: RowView) -> tuple[Tensor, Tensor]:
+        """Cost of contracting rows j and j + 1, and which pairs may be, ``[B, H_kv, T - 1]``.
+
+        Leaves in ``view.evidence``: ``pair_weight`` or ``curvature``, where the merge's weights need them.
+        """
+        view = sampled(view, self.max_queries)
+        cost = pair_cost(view) if "output_error" in (self.pair_rule, self.key_weights) else None
+        if self.key_weights == "output_error":
+            assert cost is not None
+            view.evidence["pair_weight"] = cost.weight.clamp(*PAIR_WEIGHT_RANGE)
+        elif self.curvature == "output":
+            view.evidence["curvature"] = key_curvature(view)
         free = ~view.protected(self.sink_size, self.window_size)
-        return lowest(score, view.excess, free[..., 1:] & free[..., :-1]), cost
+        return self.pair_score(view, cost), free[..., 1:] & free[..., :-1]
+
+    def carry_out(self, view: RowView, chosen: Tensor) -> CompactionPlan:
+        """Contracts the chosen pairs."""
+        destination = contract_pairs(chosen)
+        return CompactionPlan(destination, self.key_weight(view, chosen, destination))
 
     def pair_score(self, view: RowView, cost: PairCost | None) -> Tensor:
         """Cost of contracting rows j and j + 1, ``[B, H_kv, T - 1]``."""
@@ -139,20 +151,17 @@ class AsymKV(Method):
     def _pair_weight(self, view: RowView, cost: PairCost) -> Tensor:
         """Weight on row j that the merge of j and j + 1 will use, as far as it is a scalar."""
         if self.key_weights == "output_error":
-            return cost.weight.clamp(*PAIR_WEIGHT_RANGE)
+            return view.evidence["pair_weight"]
         n = view.cardinality.to(cost.a.dtype)
         return n[..., :-1] / (n[..., 1:] + n[..., :-1])
 
-    def key_weight(
-        self, view: RowView, pairs: Tensor, destination: Tensor, cost: PairCost | None
-    ) -> Tensor | None:
+    def key_weight(self, view: RowView, pairs: Tensor, destination: Tensor) -> Tensor | None:
         """Convex weights of keys, ``[B, H_kv, T]`` or ``[B, H_kv, T, D]``; None = cardinality."""
         if self.key_weights == "output_error":
-            assert cost is not None
-            return _chain_weights(cost.weight.clamp(*PAIR_WEIGHT_RANGE), pairs, destination)
+            return _chain_weights(view.evidence["pair_weight"], pairs, destination)
         if self.curvature == "cardinality":
             return None
-        curvature = key_curvature(view) if self.curvature == "output" else view.statistics.get("fisher")
+        curvature = view.evidence["curvature"] if self.curvature == "output" else view.statistics.get("fisher")
         if curvature is None:
             return None
         return convex_weights(curvature, view.cardinality, destination)
@@ -172,11 +181,15 @@ class AsymKVEvict(AsymKV):
         if self.upstream_compat:
             raise ValueError("asymkv_evict has no upstream_compat=True; allowed: False")
 
-    def plan(self, view: RowView) -> CompactionPlan:
+    def judge(self, view: RowView) -> tuple[Tensor, Tensor]:
+        """As AsymKV; leaves the mean attention of each row in ``view.evidence``."""
+        seen = sampled(view, self.max_queries)
+        view.evidence["mean_attention"] = attention_mass(seen) / exposure(seen)
+        return super().judge(view)
+
+    def carry_out(self, view: RowView, chosen: Tensor) -> CompactionPlan:
         """Keeps the most attended row of each run."""
-        view = sampled(view, self.max_queries)
-        group = contract_pairs(self.pairs(view)[0])
-        mass = attention_mass(view) / exposure(view)
+        group, mass = contract_pairs(chosen), view.evidence["mean_attention"]
         best = torch.zeros_like(mass).scatter_reduce_(-1, group, mass, "amax", include_self=False)
         index = torch.arange(group.shape[-1], device=group.device).expand_as(group)
         leads = torch.where(mass == best.gather(-1, group), index, group.shape[-1])

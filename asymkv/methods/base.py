@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from asymkv.budgets.heads import HeadBudgets, Judged
 from asymkv.plan import CompactionPlan, keep_rows
-from asymkv.view import RowView, lowest
+from asymkv.view import RowView
 
 if TYPE_CHECKING:
     from asymkv.config import CompressionConfig
@@ -25,14 +26,17 @@ class Method:
         position_policy: the method's own policy.
         needs: "queries" (those of the chunk, or the last of decode), "attention" (mass of every query so far, column
             ``mass``), "loss" (squared gradient of the chunk's loss, column ``fisher``), "replay" (the past is judged
-            by the chunk before the chunk is stored), "whole_prompt".
+            by the chunk before the chunk is stored), "whole_prompt" (judges only once the prompt is in),
+            "raw_queries" (before RoPE), "output_weight" (the layer's output projection).
         compresses: False for the full cache.
+        splits_budget: whether budgets may differ between heads and layers: what to lose is chosen by :meth:`judge`.
     """
 
     title: ClassVar[str] = ""
     chunk_size: ClassVar[int | None] = 512
     position_policy: ClassVar[str] = "original"
     compresses: ClassVar[bool] = True
+    splits_budget: ClassVar[bool] = True
 
     # Set from the configuration when it is validated: rows that are never touched.
     sink_size: int = dataclasses.field(default=0, init=False, repr=False)
@@ -50,8 +54,8 @@ class Method:
         """Takes the protected sizes, and raises ValueError for settings that do not go together."""
         object.__setattr__(self, "sink_size", config.sink_size)
         object.__setattr__(self, "window_size", config.window_size)
-        if config.chunk_size is not None and "whole_prompt" in self.needs:
-            raise ValueError(f"method {config.method!r} sees the whole prompt at once; chunk_size must be None, "
+        if isinstance(config.chunk_size, int) and "whole_prompt" in self.needs:
+            raise ValueError(f"method {config.method!r} judges the whole prompt at once; chunk_size must be None, "
                              f"found {config.chunk_size}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,7 +86,8 @@ class Method:
         """The plan that gives up the chosen units, ``[B, H_kv, U]`` bool; may edit rows of ``view`` that stay."""
         return keep_rows(~chosen & view.valid)
 
-    def plan(self, view: RowView) -> CompactionPlan:
-        """Where each row goes: by default every head gives up its cheapest units."""
+    def plan(self, view: RowView, heads: HeadBudgets | None = None) -> CompactionPlan:
+        """Where each row goes: the cheapest units are given up, as the split over heads (None: evenly) has it."""
         cost, free = self.judge(view)
-        return self.carry_out(view, lowest(cost, view.excess, free))
+        judged = Judged(cost, free, view.lengths, view.budget, view.layer)
+        return self.carry_out(view, (heads or HeadBudgets()).choose(judged))

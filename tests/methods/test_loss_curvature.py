@@ -17,7 +17,7 @@ def test_fisher_matches_autograd_squared_gradient(monkeypatch):
     ids = prompt(60)
     seen = {}
 
-    def plan(self, view):
+    def plan(self, view, heads=None):
         seen[len(seen)] = view.statistics["fisher"].clone()
         return original(self, view)
 

@@ -1,17 +1,14 @@
 """How many rows a KV head may keep.
 
-A budget is given as rows per KV head, as a share of the prompt, or as bytes; splits over layers and heads sum to the
-total exactly.
+A budget is given as rows per KV head, as a share of the prompt, or as bytes.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)\s*$", re.IGNORECASE)
@@ -20,10 +17,6 @@ _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)\s*$", re.IGNORECASE)
 # still lets a budget of 2048 decode 128 tokens in place.
 SLACK_ROWS = 16
 SLACK_SHARE = 16
-
-HEAD_SPLITS: dict[str, frozenset[str]] = {"uniform": frozenset()}
-LAYER_SPLITS: dict[str, frozenset[str]] = {"uniform": frozenset()}
-
 
 @dataclass(frozen=True)
 class CacheShape:
@@ -61,17 +54,6 @@ def validate_budget(budget: int | str | None, minimum_rows: int) -> None:
         raise ValueError(f"budget is rows per KV head (int) or bytes ('512MiB'); found {budget!r}")
     elif budget < minimum_rows:
         raise ValueError(f"budget={budget} is smaller than sink_size + window_size + 1 = {minimum_rows}")
-
-
-def validate_split(name: str, split: str | Mapping[str, Any], allowed: dict[str, frozenset[str]]) -> None:
-    """Raises ValueError for an unknown kind of split, or an unknown key of a known kind."""
-    mapping = {"kind": split} if isinstance(split, str) else dict(split)
-    kind = mapping.pop("kind", None)
-    if kind not in allowed:
-        raise ValueError(f"unknown {name} {kind!r}; allowed: {sorted(allowed)}")
-    unknown = sorted(set(mapping) - allowed[kind])
-    if unknown:
-        raise ValueError(f"unknown keys {unknown} of {name}={kind!r}; allowed: {sorted(allowed[kind])}")
 
 
 def rows_for_bytes(total: int, shape: CacheShape) -> int:

@@ -1,0 +1,20 @@
+"""How many rows may be kept, and how they are split over layers and heads."""
+
+from asymkv.budgets.heads import HEAD_BUDGETS, HeadBudgets
+from asymkv.budgets.layers import LAYER_BUDGETS, LayerBudgets
+from asymkv.budgets.rows import (
+    SLACK_ROWS,
+    SLACK_SHARE,
+    CacheShape,
+    capacity_for,
+    parse_bytes,
+    resolve_rows,
+    rows_for_bytes,
+    validate_budget,
+)
+from asymkv.budgets.split import make_split
+
+__all__ = [
+    "HEAD_BUDGETS", "LAYER_BUDGETS", "SLACK_ROWS", "SLACK_SHARE", "CacheShape", "HeadBudgets", "LayerBudgets",
+    "capacity_for", "make_split", "parse_bytes", "resolve_rows", "rows_for_bytes", "validate_budget",
+]  # fmt: skip

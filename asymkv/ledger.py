@@ -1,0 +1,121 @@
+"""What a cache was promised and may keep: prompt tokens, budgets, and when they are due."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from asymkv.budgets.layers import Request
+from asymkv.budgets.rows import CacheShape, resolve_rows
+
+if TYPE_CHECKING:
+    from asymkv.config import CompressionConfig
+    from asymkv.layer import CompressedLayer
+
+logger = logging.getLogger(__name__)
+
+
+class BudgetLedger:
+    """Mixin of the cache: everything is counted in a row's own tokens, per row of the batch."""
+
+    config: CompressionConfig
+    shape: CacheShape
+    layers: list[CompressedLayer]
+
+    def open_ledger(self) -> None:
+        """Starts with nothing seen and nothing promised."""
+        self.prompt_tokens: list[int] = []  # own prompt tokens of all turns, per row
+        self.expected_prompt: list[int] = []  # the same once the announced prompt is in
+        self.prompt_until: list[int] = []  # tokens seen once the announced prompt is in
+        self.pending: list[int] = []  # generated tokens since the last compaction
+        self._raised_reported = False
+
+    @property
+    def deferred(self) -> bool:
+        """Whether layers wait for each other before they are compacted."""
+        return self.config.layer_split.deferred
+
+    def expect_prompt(self, new_tokens: list[int]) -> None:
+        """Announces the own prompt tokens that each row is about to get, in one forward or several."""
+        seen = self.layers[0].tokens or [0] * len(new_tokens)
+        before = self.prompt_tokens or [0] * len(new_tokens)
+        if len(seen) != len(new_tokens):
+            raise ValueError(f"the cache holds a batch of {len(seen)}; found one of {len(new_tokens)}")
+        self.expected_prompt = [n + b for n, b in zip(new_tokens, before, strict=True)]
+        self.prompt_until = [n + s for n, s in zip(new_tokens, seen, strict=True)]
+
+    def count_prompt(self, counts: list[int]) -> list[bool]:
+        """Per row, whether ``counts[b]`` new tokens are prompt: several, the first of a row, or part of an announced
+        prompt; else one generated token.
+
+        Raises:
+            ValueError: for a batch of another size, or a part of a prompt that the method must see whole.
+        """
+        if not self.prompt_tokens:
+            self.prompt_tokens = [0] * len(counts)
+            self.pending = [0] * len(counts)
+        if len(counts) != len(self.prompt_tokens):
+            raise ValueError(f"the cache holds a batch of {len(self.prompt_tokens)}; found one of {len(counts)}")
+        seen = self.layers[0].tokens or [0] * len(counts)
+        until = self.prompt_until or [0] * len(counts)
+        prompt = [c > 1 or s == 0 or s < u for c, s, u in zip(counts, seen, until, strict=True)]
+        if "whole_prompt" in self.config.options.needs:
+            short = [u - s for c, s, u in zip(counts, seen, until, strict=True) if s + c < u]
+            if short:
+                raise ValueError(f"method {self.config.method!r} judges the whole prompt at once, and generate feeds "
+                                 f"it in parts; leave prefill_chunk_size None (tokens still to come: {short})")
+        for row, count in enumerate(counts):
+            if prompt[row]:
+                self.prompt_tokens[row] += count
+        return prompt
+
+    def budget_rows(self) -> tuple[list[int], list[bool]]:
+        """Rows per head of each row of the batch, and whether a ratio's share was raised to the minimum."""
+        tokens = self._prompt_lengths()
+        rows, raised = resolve_rows(
+            self.config.budget, self.config.ratio, self.config.minimum_rows, tokens, self.shape
+        )
+        if any(raised) and not self._raised_reported:
+            self._raised_reported = True
+            logger.warning(
+                "ratio=%s of %s prompt tokens is below sink_size + window_size + 1 = %d; budget raised to that",
+                self.config.ratio, tokens, self.config.minimum_rows,
+            )
+        return rows, raised
+
+    def _prompt_lengths(self) -> list[int]:
+        expected = self.expected_prompt or [0] * len(self.prompt_tokens)
+        return [max(a, b) for a, b in zip(self.prompt_tokens, expected, strict=True)]
+
+    def requests(self, counts: list[int], is_prompt: list[bool]) -> list[Request | None]:
+        """What each row of the batch is compacted to after a chunk; None: it is not."""
+        out: list[Request | None] = [None] * len(counts)
+        if not self.config.options.compresses:
+            return out
+        rows, _ = self.budget_rows()
+        tokens, config = self._prompt_lengths(), self.config
+        for row, count in enumerate(counts):
+            due = is_prompt[row]
+            if not due and count and config.decode_interval:
+                self.pending[row] += count
+                due = self.pending[row] >= config.decode_interval
+            if due and count:
+                self.pending[row] = 0
+                raised = config.ratio is not None and rows[row] > int(config.ratio * tokens[row]) + 1
+                ratio = None if raised else config.ratio
+                out[row] = Request(rows[row], tokens[row], ratio, config.sink_size, config.window_size)
+        return out
+
+    def limits(self, requests: list[Request | None]) -> list[list[int | None]]:
+        """Rows per head of every layer, for each row of the batch; None: no limit."""
+        split, layers = self.config.layer_split, len(self.layers)
+        table = [[None] * layers if r is None else split.rows(r, layers) for r in requests]
+        return [list(column) for column in zip(*table, strict=True)] if table else [[] for _ in range(layers)]
+
+    def exceeding(self, requests: list[Request | None], counts: list[int]) -> list[bool]:
+        """Per row of the batch: whether the whole cache holds more than was asked for, ``counts`` tokens added."""
+        held = [
+            sum(sum(layer.heads_of(row)) for layer in self.layers) / (len(self.layers) * self.shape.kv_heads)
+            for row in range(len(counts))
+        ]
+        return [r is not None and h + c > r.rows for r, h, c in zip(requests, held, counts, strict=True)]
