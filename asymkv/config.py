@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from asymkv.budgets import HEAD_BUDGETS, LAYER_BUDGETS, HeadBudgets, LayerBudgets, make_split, validate_budget
+from asymkv.checks import check_integer
 from asymkv.paths import config_path, config_root
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ WHOLE_PROMPT = "prompt"
 
 class _Default(int):
     """An integer default that a method may replace by its own; an explicit equal value is not one."""
+
+
+class _DefaultName(str):
+    """The same for a name."""
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -72,8 +77,8 @@ class CompressionConfig:
         window_size: int = _Default(32),
         chunk_size: int | str | None = None,
         decode_interval: int = _Default(128),
-        head_budgets: str | Mapping[str, Any] = "uniform",
-        layer_budgets: str | Mapping[str, Any] = "uniform",
+        head_budgets: str | Mapping[str, Any] = _DefaultName("uniform"),
+        layer_budgets: str | Mapping[str, Any] = _DefaultName("uniform"),
         position_policy: str | None = None,
         backend: str = "auto",
         **method_options: Any,
@@ -81,14 +86,15 @@ class CompressionConfig:
         values = {k: v for k, v in locals().items() if k in _FIELDS}
         values["options"] = _make_method(method, method_options)
         for name, default in values["options"].defaults().items():
-            if values[name] is None or isinstance(values[name], _Default):
+            if values[name] is None or isinstance(values[name], (_Default, _DefaultName)):
                 values[name] = default
         if budget is None and ratio is None and values["budget"] is None:
             values["budget"] = DEFAULT_BUDGET
         if ratio is not None and budget is None:
             values["budget"] = None
         for name, value in values.items():
-            object.__setattr__(self, name, int(value) if isinstance(value, _Default) else value)
+            plain = {_Default: int, _DefaultName: str}.get(type(value))
+            object.__setattr__(self, name, plain(value) if plain else value)
         self._validate()
 
     def _validate(self) -> None:
@@ -97,9 +103,9 @@ class CompressionConfig:
         if self.budget is not None and self.ratio is not None:
             raise ValueError(f"give budget or ratio, not both; found budget={self.budget!r}, ratio={self.ratio!r}")
         for name in ("sink_size", "window_size", "decode_interval"):
-            _check_count(name, getattr(self, name), minimum=0)
+            check_integer(name, getattr(self, name), 0)
         if self.chunk_size not in (None, WHOLE_PROMPT):
-            _check_count("chunk_size", self.chunk_size, minimum=1)
+            check_integer("chunk_size", self.chunk_size, 1)
         if self.ratio is not None and not (isinstance(self.ratio, (int, float)) and 0 < self.ratio <= 1):
             raise ValueError(f"ratio is the share of rows kept, in (0, 1]; found {self.ratio!r}")
         if self.position_policy not in (None, *POSITION_POLICIES):
@@ -151,10 +157,14 @@ class CompressionConfig:
         return f"method={self.method}, {size}, backend={self.backend}"
 
     def replace(self, **overrides: Any) -> CompressionConfig:
-        """A copy with some settings changed; giving a budget drops the ratio, and the other way round."""
+        """A copy with some settings changed; giving a budget drops the ratio, and the other way round.
+
+        Another method drops this one's options, and the general settings that were this method's defaults.
+        """
         base = self.to_dict()
         if "method" in overrides and overrides["method"] != self.method:
-            base = {k: v for k, v in base.items() if k in _FIELDS}
+            own = self.options.defaults()
+            base = {k: v for k, v in base.items() if k in _FIELDS and not (k in own and own[k] == v)}
         for name, other in (("budget", "ratio"), ("ratio", "budget")):
             if overrides.get(name) is not None:
                 base[other] = None
@@ -196,11 +206,6 @@ def _check_splits(config: CompressionConfig, heads: HeadBudgets, layers: LayerBu
     if layers.joint and uneven["head_budgets"]:
         raise ValueError(f"layer_budgets={config.layer_budgets!r} splits over heads too; head_budgets must be "
                          f"'uniform', found {config.head_budgets!r}")
-
-
-def _check_count(name: str, value: Any, *, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name} must be an integer >= {minimum}; found {value!r}")
 
 
 def _make_method(name: str, options: dict[str, Any]) -> Method:

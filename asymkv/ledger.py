@@ -65,6 +65,8 @@ class BudgetLedger:
                 raise ValueError(f"method {self.config.method!r} judges the whole prompt at once, and generate feeds "
                                  f"it in parts; leave prefill_chunk_size None (tokens still to come: {short})")
         for row, count in enumerate(counts):
+            if seen[row] == 0 and count:
+                self.config.options.check_prompt(max(count, until[row]), self.config)
             if prompt[row]:
                 self.prompt_tokens[row] += count
         return prompt

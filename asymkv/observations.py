@@ -129,15 +129,33 @@ def sampled(view: RowView, most: int | None) -> RowView:
     count = (positions >= 0).sum(1, keepdim=True)
     slot = torch.arange(most, device=positions.device)
     # Own counts decide, so that the choice does not depend on what a row is batched with.
-    index = torch.where(count > most, slot * count // most, slot)
+    return _with_queries(view, torch.where(count > most, slot * count // most, slot))
+
+
+def newest(view: RowView, count: int) -> RowView:
+    """The view with the ``count`` newest queries of each row of the batch; all where there are fewer."""
+    positions = view.query_positions
+    if positions is None or positions.shape[1] <= count:
+        return view
+    return _with_queries(view, positions.argsort(dim=1, descending=True, stable=True)[:, :count])
+
+
+def _with_queries(view: RowView, index: Tensor) -> RowView:
+    """The view with the queries at ``index [B, n]`` only."""
+    queries, positions = view.queries, view.query_positions
+    assert queries is not None and positions is not None
     wide = index[:, None].expand(-1, queries.shape[1], -1)
-    rows = wide[..., None].expand(-1, -1, -1, queries.shape[3])
+
+    def take(rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else rows.gather(2, wide[..., None].expand(-1, -1, -1, rows.shape[3]))
+
     return dataclasses.replace(
         view,
-        queries=queries.gather(2, rows),
+        queries=take(queries),
         query_positions=positions.gather(1, index),
         query_lse=None if view.query_lse is None else view.query_lse.gather(2, wide),
-        query_out=None if view.query_out is None else view.query_out.gather(2, rows),
+        query_out=take(view.query_out),
+        raw_queries=take(view.raw_queries),
     )
 
 

@@ -85,6 +85,14 @@ class RowView:
         dtype = torch.promote_types(self.keys.dtype, torch.float32)
         return torch.where(self.valid, self.cardinality.to(dtype).log(), -torch.inf)
 
+    def queries_before_rope(self) -> Tensor:
+        """``[B, H, Q, D]``: the queries as they were projected, turned back where they are not at hand."""
+        if self.raw_queries is not None:
+            return self.raw_queries
+        if self.queries is None or self.query_positions is None:
+            raise ValueError("these rows carry no queries: the method must list 'queries' in its needs")
+        return self.rope.rotate(self.queries, -self.query_positions[:, None].expand(self.queries.shape[:3]))
+
     def unrotate(self, rows: Tensor) -> Tensor:
         """``[B, H_kv, T, D]`` in pre-RoPE coordinates of each row."""
         return self.rope.rotate(rows, -self.rotary_positions)
@@ -99,11 +107,11 @@ def lowest(score: Tensor, count: Tensor, allowed: Tensor) -> Tensor:
         allowed: ``[B, H_kv, T]`` bool.
 
     Returns:
-        ``[B, H_kv, T]`` bool. Ties go to the lower position, so that results are reproducible.
+        ``[B, H_kv, T]`` bool. Of equal scores the higher position is taken first, so that results are reproducible.
     """
     order = torch.where(allowed, score.nan_to_num(nan=torch.inf), torch.inf)
     # Not allowed entries sort behind allowed ones, also where an allowed score is infinite.
-    by_score = order.argsort(dim=-1, stable=True)
+    by_score = score.shape[-1] - 1 - order.flip(-1).argsort(dim=-1, stable=True)
     by_score = by_score.gather(-1, (~allowed).gather(-1, by_score).to(torch.uint8).argsort(dim=-1, stable=True))
     rank = torch.empty_like(by_score)
     rank.scatter_(-1, by_score, torch.arange(score.shape[-1], device=score.device).expand_as(by_score))

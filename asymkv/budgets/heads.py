@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from asymkv.budgets.split import apportion, check_share
+from asymkv.budgets.split import apportion
+from asymkv.checks import check_choice, check_number
 from asymkv.view import lowest
 
 MODES = ("interpolated", "hard")
@@ -88,9 +89,8 @@ class Adaptive(HeadBudgets):
     mode: str = "interpolated"
 
     def __post_init__(self) -> None:
-        check_share("floor of head_budgets='adaptive'", self.floor)
-        if self.mode not in MODES:
-            raise ValueError(f"mode of head_budgets='adaptive' {self.mode!r}; allowed: {list(MODES)}")
+        check_number("floor of head_budgets='adaptive'", self.floor, 0, 1)
+        check_choice("mode of head_budgets='adaptive'", self.mode, MODES)
 
     def choose(self, judged: Judged) -> Tensor:
         """The layer's cheapest units, such that the heads' rows sum to the budget of all."""
@@ -109,6 +109,6 @@ HEAD_BUDGETS: Mapping[str, type[HeadBudgets]] = {"uniform": HeadBudgets, "adapti
 
 
 def cheapest(cost: Tensor, free: Tensor, total: Tensor) -> Tensor:
-    """The ``total [B]`` cheapest free units of all heads, ``[B, H_kv, U]`` bool; ties: lower head, lower position."""
+    """The ``total [B]`` cheapest free units of all heads, ``[B, H_kv, U]`` bool; ties: higher head and position first."""
     flat = lowest(cost.flatten(1)[:, None], total[:, None], free.flatten(1)[:, None])
     return flat.view_as(free)

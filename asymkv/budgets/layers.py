@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from asymkv.budgets.heads import HeadBudgets, Judged, cheapest
-from asymkv.budgets.split import apportion, check_at_least, check_share
+from asymkv.budgets.split import apportion
+from asymkv.checks import check_choice, check_number
 
 VARIANTS = ("paper", "kvpress")
+ROUNDINGS = ("rows", "total")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +92,8 @@ class Pyramid(LayerBudgets):
     variant: str = "paper"
 
     def __post_init__(self) -> None:
-        check_at_least("beta of layer_budgets='pyramid'", self.beta, 1)
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant of layer_budgets='pyramid' {self.variant!r}; allowed: {list(VARIANTS)}")
+        check_number("beta of layer_budgets='pyramid'", self.beta, 1)
+        check_choice("variant of layer_budgets='pyramid'", self.variant, VARIANTS)
 
     def rows(self, request: Request, layers: int) -> list[int]:
         """A straight line from the first layer to the last."""
@@ -139,8 +140,8 @@ class Dynamic(LayerBudgets):
     r_min: float = 0.1
 
     def __post_init__(self) -> None:
-        check_at_least("r_max of layer_budgets='dynamic'", self.r_max, 1)
-        check_share("r_min of layer_budgets='dynamic'", self.r_min)
+        check_number("r_max of layer_budgets='dynamic'", self.r_max, 1)
+        check_number("r_min of layer_budgets='dynamic'", self.r_min, 0, 1)
 
     def budgets(self, judged: Sequence[Judged], requests: Sequence[Request | None]) -> Tensor:
         """Counts of the best units of all layers, scaled to the total."""
@@ -168,8 +169,8 @@ class Variance(LayerBudgets):
     r_min: float = 0.1
 
     def __post_init__(self) -> None:
-        check_at_least("r_max of layer_budgets='variance'", self.r_max, 1)
-        check_share("r_min of layer_budgets='variance'", self.r_min)
+        check_number("r_max of layer_budgets='variance'", self.r_max, 1)
+        check_number("r_min of layer_budgets='variance'", self.r_min, 0, 1)
 
     def budgets(self, judged: Sequence[Judged], requests: Sequence[Request | None]) -> Tensor:
         """Shares by ``softmax(-f)``."""
@@ -194,9 +195,8 @@ class Global(LayerBudgets):
     rounding: str = "rows"
 
     def __post_init__(self) -> None:
-        check_share("floor of layer_budgets='global'", self.floor)
-        if self.rounding not in ("rows", "total"):
-            raise ValueError(f"rounding of layer_budgets='global' {self.rounding!r}; allowed: ['rows', 'total']")
+        check_number("floor of layer_budgets='global'", self.floor, 0, 1)
+        check_choice("rounding of layer_budgets='global'", self.rounding, ROUNDINGS)
 
     def split(self, judged: Sequence[Judged], requests: Sequence[Request | None], heads: HeadBudgets) -> list[Tensor]:
         """The cheapest units of the whole cache."""

@@ -29,18 +29,6 @@ def make_split(name: str, setting: str | Mapping[str, Any], kinds: Mapping[str, 
     return kinds[kind](**mapping)
 
 
-def check_share(name: str, value: Any) -> None:
-    """Raises ValueError unless ``value`` is a number in [0, 1]."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a number from 0 to 1; found {value!r}")
-
-
-def check_at_least(name: str, value: Any, minimum: float) -> None:
-    """Raises ValueError unless ``value`` is a number >= ``minimum``."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name} must be a number >= {minimum}; found {value!r}")
-
-
 def apportion(shares: Tensor, total: Tensor, least: Tensor, most: Tensor) -> Tensor:
     """Whole numbers near ``shares`` that sum to ``total`` exactly (largest remainder), within bounds.
 

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from asymkv.methods.asymkv import AsymKV, AsymKVEvict
 from asymkv.methods.base import Method
+from asymkv.methods.composed import ChunkKV, CriticalKV
+from asymkv.methods.expected_attention import ExpectedAttention
 from asymkv.methods.full import Full
 from asymkv.methods.h2o import H2O
+from asymkv.methods.keys import KeyDiff, Knorm
+from asymkv.methods.snapkv import AdaKV, DynamicKV, PyramidKV, SnapKV
 from asymkv.methods.streaming_llm import StreamingLLM
+from asymkv.methods.tova import TOVA
 
 METHODS: dict[str, type[Method]] = {
+    "adakv": AdaKV,
     "asymkv": AsymKV,
     "asymkv_evict": AsymKVEvict,
+    "chunkkv": ChunkKV,
+    "criticalkv": CriticalKV,
+    "dynamic_kv": DynamicKV,
+    "expected_attention": ExpectedAttention,
     "full": Full,
     "h2o": H2O,
+    "keydiff": KeyDiff,
+    "knorm": Knorm,
+    "pyramidkv": PyramidKV,
+    "snapkv": SnapKV,
     "streaming_llm": StreamingLLM,
+    "tova": TOVA,
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from asymkv.budgets.heads import HeadBudgets
+from asymkv.checks import check_choice, check_flag, check_integer
 from asymkv.methods import upstream
 from asymkv.methods.base import Method
 from asymkv.methods.upstream import upstream_compact
@@ -84,13 +85,11 @@ class AsymKV(Method):
         super().validate(config)
         choices = {"curvature": CURVATURES, "key_weights": KEY_WEIGHTS, "pair_rule": PAIR_RULES}
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}; allowed: {list(allowed)}")
+            check_choice(name, getattr(self, name), allowed)
         for name in ("position_factor", "cardinality_factor", "mean_attention", "upstream_compat"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False; found {getattr(self, name)!r}")
-        if self.max_queries is not None and (not isinstance(self.max_queries, int) or self.max_queries < 1):
-            raise ValueError(f"max_queries must be None or an integer >= 1; found {self.max_queries!r}")
+            check_flag(name, getattr(self, name))
+        if self.max_queries is not None:
+            check_integer("max_queries", self.max_queries, 1)
         if self.upstream_compat and config.decode_interval:
             raise ValueError("upstream_compat=True never compacts in decode; decode_interval must be 0, "
                              f"found {config.decode_interval}")

@@ -58,6 +58,9 @@ class Method:
             raise ValueError(f"method {config.method!r} judges the whole prompt at once; chunk_size must be None, "
                              f"found {config.chunk_size}")
 
+    def check_prompt(self, tokens: int, config: CompressionConfig) -> None:
+        """Raises ValueError for a prompt of so many own tokens that the method cannot do what is asked."""
+
     def to_dict(self) -> dict[str, Any]:
         """The method's own parameters."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}

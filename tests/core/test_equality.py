@@ -16,12 +16,23 @@ VARIANTS = {
     "asymkv-upstream": {"method": "asymkv", "upstream_compat": True, "sink_size": 4},
     "streaming-original": {"method": "streaming_llm", "position_policy": "original"},
     "h2o-mean": {"method": "h2o", "normalize": True},
+    "h2o-global": {"method": "h2o", "layer_budgets": "global"},
+    "asymkv-adaptive": {"method": "asymkv", "head_budgets": {"kind": "adaptive", "floor": 0.2}},
+    "asymkv-hard": {"method": "asymkv", "head_budgets": {"kind": "adaptive", "mode": "hard"}},
+    "asymkv-pyramid": {"method": "asymkv", "layer_budgets": {"kind": "pyramid", "beta": 4}},
+    "asymkv-global": {"method": "asymkv", "layer_budgets": {"kind": "global", "floor": 0.3}},
+    "asymkv-dynamic": {"method": "asymkv", "layer_budgets": "dynamic", "key_weights": "output_error"},
+    "asymkv-loss-global": {"method": "asymkv", "curvature": "loss", "layer_budgets": "global"},
+    "chunkkv-whole": {"method": "chunkkv", "whole_chunks": True},
+    "chunkkv-knorm": {"method": "chunkkv", "scorer": "knorm", "window_size": 8},
+    "criticalkv-adaptive": {"method": "criticalkv", "head_budgets": "adaptive", "scorer": "expected_attention"},
+    "d2o-layers": {"method": "h2o", "layer_budgets": {"kind": "variance", "r_max": 2}},
 }
 COMPRESSING = [v for v in VARIANTS if v != "full"]
 
 
 def chunked(variant: str, size: int) -> dict:
-    return {} if variant == "full" else {"chunk_size": size}
+    return {} if METHODS[VARIANTS[variant]["method"]].chunk_size is None else {"chunk_size": size}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
