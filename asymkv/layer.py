@@ -41,6 +41,7 @@ class CompressedLayer(LayerBase):
         self.tokens: list[int] = []  # own tokens seen, per batch row
         self.columns_seen = 0
         self.ring: QueryRing | None = None
+        self.memory: dict[str, Tensor] = {}  # of the method, [B, ...]
 
     # -- Cache protocol ------------------------------------------------------------------------------------------
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -69,7 +70,8 @@ class CompressedLayer(LayerBase):
         """Bytes of every buffer this layer owns."""
         if not self.is_initialized:
             return 0
-        return self.storage.nbytes + (self.ring.nbytes if self.ring is not None else 0)
+        remembered = sum(x.untyped_storage().nbytes() for x in self.memory.values())
+        return self.storage.nbytes + (self.ring.nbytes if self.ring is not None else 0) + remembered
 
     def dense(self, name: str) -> Tensor:
         """A column as ``[B, H_kv, T, ...]``, rows by ascending position."""
@@ -164,6 +166,8 @@ class CompressedLayer(LayerBase):
             scale=scale,
             rope=rope,
             statistics={n: self.dense(n) for n in self.storage.columns if n not in fixed},
+            memory=self.memory,
+            layer=self.index,
         )
 
     def exceeding(self, budget: list[int | None], new: list[int] | None = None) -> list[bool]:
@@ -212,6 +216,7 @@ class CompressedLayer(LayerBase):
         self.tokens = [self.tokens[r] for r in rows]
         if self.ring is not None:
             self.ring.select(beam_idx.to(self.ring.queries.device))
+        self.memory = {name: x[beam_idx.to(x.device)] for name, x in self.memory.items()}
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the given rows of the batch."""
@@ -235,9 +240,10 @@ class CompressedLayer(LayerBase):
         if self.is_initialized:
             out.storage = self.storage.clone()
         out.ring = copy.deepcopy(self.ring)
+        out.memory = {name: x.clone() for name, x in self.memory.items()}
         return out
 
     def reset(self) -> None:
         """Forgets everything."""
         self.is_initialized = False
-        self.tokens, self.columns_seen, self.ring = [], 0, None
+        self.tokens, self.columns_seen, self.ring, self.memory = [], 0, None, {}

@@ -34,6 +34,9 @@ class RowView:
         query_out: ``[B, H, Q, D]``, the attention output of each query over these very rows, if it is known.
         statistics: per-row columns that ride along, ``[B, H_kv, T, ...]``.
         evidence: what is known for this compaction only, ``[B, H_kv, T, ...]``; gone afterwards.
+        memory: what the method remembers from one compaction of this layer to the next, tensors ``[B, ...]``; the
+            layer's own dict, to be filled in place with new tensors.
+        layer: index of the layer.
         scale: factor of the logits.
         rope: the model's rotary embedding.
     """
@@ -56,6 +59,8 @@ class RowView:
     query_out: Tensor | None = None
     statistics: dict[str, Tensor] = field(default_factory=dict)
     evidence: dict[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    layer: int = 0
 
     @property
     def excess(self) -> Tensor:
