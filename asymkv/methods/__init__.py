@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from asymkv.methods.asymkv import AsymKV, AsymKVEvict
 from asymkv.methods.base import Method
+from asymkv.methods.cam import CaM
+from asymkv.methods.d2o import D2O
 from asymkv.methods.full import Full
 from asymkv.methods.h2o import H2O
+from asymkv.methods.kvmerger import KVMerger
 from asymkv.methods.streaming_llm import StreamingLLM
+from asymkv.methods.value_merge import ValueMerge
 
 METHODS: dict[str, type[Method]] = {
     "asymkv": AsymKV,
     "asymkv_evict": AsymKVEvict,
+    "cam": CaM,
+    "d2o": D2O,
     "full": Full,
     "h2o": H2O,
+    "kvmerger": KVMerger,
     "streaming_llm": StreamingLLM,
+    "value_merge": ValueMerge,
 }
 
 
