@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 ROPE_MODES = ("pre", "post")
 VALUE_SCALES = ("mean", "sum")
+# Keys are equal up to so many rounding errors of their length.
+SAME = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +124,9 @@ class KVMerger(Method):
         """Normalised weight of each row in its set, ``[B, H_kv, T]``; 1 for a row by itself."""
         keys = self._keys(view)
         distance = (keys - take(keys, sets.pivot)).square().sum(-1)
+        # The width follows the distances, so that rounding alone would make weights of equal keys unequal.
+        rounding = SAME * torch.finfo(view.keys.dtype).eps
+        distance = torch.where(distance > rounding**2 * keys.square().sum(-1), distance, 0)
         if self.sigma is None:
             width = sets.sum(distance) / (sets.size - 1).clamp(min=1)
         else:
