@@ -40,7 +40,8 @@ class CompressionConfig:
         ratio: share of rows **kept**, in (0, 1]: ``floor(ratio * prompt tokens)`` of each row of the batch, raised to
             ``sink_size + window_size + 1`` where smaller. Without budget and ratio: budget 2048.
         sink_size: first tokens of a row, kept exact.
-        window_size: last tokens of a row, kept exact at a compaction.
+        window_size: last tokens of a row, never given up at a compaction; kept exact, but for methods that add the
+            values of leaving rows to kept ones (CaM, D2O, value_merge).
         chunk_size: own tokens per prefill chunk; "prompt" = the whole prompt at once; None = the method's own.
         decode_interval: compact every so many own generated tokens; 0 = never in decode.
         head_budgets: how a layer's budget is split over its KV heads (name or mapping with ``kind``).

@@ -55,6 +55,7 @@ class CompressedLayer(LayerBase):
         self.ring: QueryRing | None = None
         self.output_weight: Tensor | None = None  # the model's own, where the method needs it
         self.judgement: Judgement | None = None  # waits for the other layers within one forward
+        self.memory: dict[str, Tensor] = {}  # of the method, [B, ...]
 
     # -- Cache protocol ------------------------------------------------------------------------------------------
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -83,7 +84,8 @@ class CompressedLayer(LayerBase):
         """Bytes of every buffer this layer owns."""
         if not self.is_initialized:
             return 0
-        return self.storage.nbytes + (self.ring.nbytes if self.ring is not None else 0)
+        remembered = sum(x.untyped_storage().nbytes() for x in self.memory.values())
+        return self.storage.nbytes + (self.ring.nbytes if self.ring is not None else 0) + remembered
 
     def dense(self, name: str) -> Tensor:
         """A column as ``[B, H_kv, T, ...]``, rows by ascending position."""
@@ -180,6 +182,7 @@ class CompressedLayer(LayerBase):
             statistics={n: self.dense(n) for n in self.storage.columns if n not in fixed},
             layer=self.index,
             output_weight=self.output_weight,
+            memory=self.memory,
         )
 
     def heads_of(self, row: int) -> list[int]:
@@ -240,6 +243,7 @@ class CompressedLayer(LayerBase):
         self.tokens = [self.tokens[r] for r in rows]
         if self.ring is not None:
             self.ring.select(beam_idx.to(self.ring.queries.device))
+        self.memory = {name: x[beam_idx.to(x.device)] for name, x in self.memory.items()}
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the given rows of the batch."""
@@ -263,9 +267,10 @@ class CompressedLayer(LayerBase):
         if self.is_initialized:
             out.storage = self.storage.clone()
         out.ring = copy.deepcopy(self.ring)
+        out.memory = {name: x.clone() for name, x in self.memory.items()}
         return out
 
     def reset(self) -> None:
         """Forgets everything."""
         self.is_initialized = False
-        self.tokens, self.columns_seen, self.ring = [], 0, None
+        self.tokens, self.columns_seen, self.ring, self.memory = [], 0, None, {}

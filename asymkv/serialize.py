@@ -123,6 +123,7 @@ def _pack(layer: CompressedLayer, tensors: dict[str, Tensor]) -> dict[str, Any]:
     if ring is not None and ring.cursor:
         tensors[prefix + "ring.queries"] = ring.queries.contiguous()
         tensors[prefix + "ring.positions"] = ring.positions.contiguous()
+    tensors.update({f"{prefix}memory.{name}": x.contiguous() for name, x in layer.memory.items()})
     return {
         "initialized": True,
         "length": storage.length,
@@ -140,6 +141,7 @@ def _unpack(layer: CompressedLayer, saved: dict[str, Any], tensors: dict[str, Te
     prefix = f"layers.{layer.index}."
     own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     ring = {k.removeprefix("ring."): own.pop(k) for k in list(own) if k.startswith("ring.")}
+    layer.memory = {k.removeprefix("memory."): own.pop(k) for k in list(own) if k.startswith("memory.")}
     fills = {"cardinality": 1}
     columns = {n: (tuple(t.shape[1:]), t.dtype, fills.get(n, 0)) for n, t in own.items()}
     storage = RaggedStorage(saved["capacity"], columns, own["keys"].device)

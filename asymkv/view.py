@@ -43,6 +43,8 @@ class RowView:
         raw_queries: ``[B, H, Q, D]``, the queries before RoPE, if they are at hand.
         requests: what was asked for, per row of the batch; None: nothing is to be lost there.
         output_weight: ``[hidden, H * D]``, the layer's output projection, if the method needs "output_weight".
+        memory: what the method remembers from one compaction of this layer to the next, tensors ``[B, ...]``; the
+            layer's own dict, to be filled in place with new tensors.
         scale: factor of the logits.
         rope: the model's rotary embedding.
     """
@@ -69,6 +71,7 @@ class RowView:
     raw_queries: Tensor | None = None
     output_weight: Tensor | None = None
     requests: Sequence[Request | None] = ()
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def excess(self) -> Tensor:

@@ -109,6 +109,6 @@ HEAD_BUDGETS: Mapping[str, type[HeadBudgets]] = {"uniform": HeadBudgets, "adapti
 
 
 def cheapest(cost: Tensor, free: Tensor, total: Tensor) -> Tensor:
-    """The ``total [B]`` cheapest free units of all heads, ``[B, H_kv, U]`` bool; ties: higher head and position first."""
+    """The ``total [B]`` cheapest free units of all heads, ``[B, H_kv, U]`` bool; of ties the last go."""
     flat = lowest(cost.flatten(1)[:, None], total[:, None], free.flatten(1)[:, None])
     return flat.view_as(free)

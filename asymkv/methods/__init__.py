@@ -4,31 +4,39 @@ from __future__ import annotations
 
 from asymkv.methods.asymkv import AsymKV, AsymKVEvict
 from asymkv.methods.base import Method
+from asymkv.methods.cam import CaM
 from asymkv.methods.composed import ChunkKV, CriticalKV
+from asymkv.methods.d2o import D2O
 from asymkv.methods.expected_attention import ExpectedAttention
 from asymkv.methods.full import Full
 from asymkv.methods.h2o import H2O
 from asymkv.methods.keys import KeyDiff, Knorm
+from asymkv.methods.kvmerger import KVMerger
 from asymkv.methods.snapkv import AdaKV, DynamicKV, PyramidKV, SnapKV
 from asymkv.methods.streaming_llm import StreamingLLM
 from asymkv.methods.tova import TOVA
+from asymkv.methods.value_merge import ValueMerge
 
 METHODS: dict[str, type[Method]] = {
     "adakv": AdaKV,
     "asymkv": AsymKV,
     "asymkv_evict": AsymKVEvict,
+    "cam": CaM,
     "chunkkv": ChunkKV,
     "criticalkv": CriticalKV,
+    "d2o": D2O,
     "dynamic_kv": DynamicKV,
     "expected_attention": ExpectedAttention,
     "full": Full,
     "h2o": H2O,
     "keydiff": KeyDiff,
     "knorm": Knorm,
+    "kvmerger": KVMerger,
     "pyramidkv": PyramidKV,
     "snapkv": SnapKV,
     "streaming_llm": StreamingLLM,
     "tova": TOVA,
+    "value_merge": ValueMerge,
 }
 
 

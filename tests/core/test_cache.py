@@ -126,6 +126,29 @@ def test_reorder_select_and_repeat(model):
     assert_same_rows(alone, cache, row_a=0, row_b=3)
 
 
+def test_what_a_method_remembers_belongs_to_the_batch(model):
+    """Counted, forked, reordered and forgotten with the rows; a view hands out the very same dict."""
+    cache = run(model, batch=2)
+    before = cache.nbytes
+    for layer in cache.layers:
+        layer.memory["x"] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert cache.nbytes == before + 16 * len(cache.layers)
+    assert cache.layers[1].view(cache.rope, 1.0).memory is cache.layers[1].memory
+    assert cache.layers[1].view(cache.rope, 1.0).layer == 1
+    fork = cache.fork()
+    fork.layers[0].memory["x"] += 10
+    fork.layers[0].memory["y"] = torch.zeros(2)
+    assert list(cache.layers[0].memory) == ["x"] and cache.layers[0].memory["x"].tolist() == [[1, 2], [3, 4]]
+    fork.reorder_cache(torch.tensor([1, 0, 1]))
+    assert fork.layers[0].memory["x"].tolist() == [[13, 14], [11, 12], [13, 14]]
+    fork.batch_select_indices(torch.tensor([False, True, False]))
+    assert fork.layers[0].memory["x"].tolist() == [[11, 12]]
+    fork.batch_repeat_interleave(2)
+    assert fork.layers[0].memory["y"].tolist() == [0, 0]
+    cache.reset()
+    assert all(layer.memory == {} for layer in cache.layers)
+
+
 def test_reset_forgets_everything(model):
     cache = run(model)
     cache.reset()

@@ -27,6 +27,14 @@ VARIANTS = {
     "chunkkv-knorm": {"method": "chunkkv", "scorer": "knorm", "window_size": 8},
     "criticalkv-adaptive": {"method": "criticalkv", "head_budgets": "adaptive", "scorer": "expected_attention"},
     "d2o-layers": {"method": "h2o", "layer_budgets": {"kind": "variance", "r_max": 2}},
+    "cam-counts": {"method": "cam", "merge_budget": 5, "count_bias": True},
+    "cam-streaming": {"method": "cam", "select": "streaming", "deterministic": True},
+    "d2o-code-counts": {"method": "d2o", "mode": "code", "count_bias": True},
+    "kvmerger-post": {"method": "kvmerger", "rope_mode": "post", "value_scale": "sum"},
+    "kvmerger-counts": {"method": "kvmerger", "count_bias": True, "protect_share": 0.3},
+    "value_merge-knorm": {"method": "value_merge", "select": "knorm", "merge_fraction": 0.5, "count_bias": True},
+    "value_merge-pivot": {"method": "value_merge", "mode": "pivot"},
+    "value_merge-weighted": {"method": "value_merge", "mode": "weighted", "select": "knorm"},
 }
 COMPRESSING = [v for v in VARIANTS if v != "full"]
 

@@ -40,6 +40,19 @@ def test_a_loaded_cache_goes_on_identically(tmp_path, settings):
         assert_same_rows(cache, loaded, row_a=row, row_b=row)
 
 
+def test_what_a_method_remembers_is_saved(tmp_path):
+    model = tiny_model()
+    cache = make(model, tmp_path)
+    for layer in cache.layers:
+        layer.memory["threshold"] = torch.tensor([0.25, float("nan")]) + layer.index
+    cache.save(tmp_path / "again")
+    loaded = asymkv.CompressedCache.load(tmp_path / "again", model)
+    for a, b in zip(cache.layers, loaded.layers, strict=True):
+        assert list(b.memory) == ["threshold"]
+        assert torch.equal(a.memory["threshold"].nan_to_num(), b.memory["threshold"].nan_to_num())
+        assert set(b.storage.columns) == set(a.storage.columns)
+
+
 def test_another_model_is_refused(tmp_path):
     make(tiny_model(), tmp_path)
     for other in (tiny_model(seed=1), tiny_model("qwen2"), tiny_model(num_hidden_layers=3)):

@@ -1,0 +1,121 @@
+"""What methods share that fold each leaving row into one row that stays."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asymkv.observations import BLOCK_ELEMENTS
+
+TINY = 1e-6  # norms below it count as it, so that a zero row has similarity 0
+
+
+def require_flags(options: dict[str, Any]) -> None:
+    """Raises ValueError for an option that is neither True nor False."""
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False; found {value!r}")
+
+
+def require_choice(name: str, value: Any, allowed: Collection[str]) -> None:
+    """Raises ValueError for a value that is none of the allowed ones."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}; allowed: {list(allowed)}")
+
+
+def require_number(name: str, value: Any, low: float, high: float) -> None:
+    """Raises ValueError for anything but a number from ``low`` to ``high``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{name} must be a number from {low} to {high}; found {value!r}")
+
+
+def wide(rows: Tensor) -> Tensor:
+    """Rows in the dtype that merges are computed in: fp32, or fp64 for fp64 rows."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def leaving_rows(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """The marked rows of each head, by ascending position, as a narrow table.
+
+    Args:
+        chosen: ``[B, H_kv, T]`` bool.
+
+    Returns:
+        ``index [B, H_kv, E]`` into T, E the most that a head loses (at least 1), and ``present [B, H_kv, E]`` bool.
+    """
+    count = chosen.sum(-1, keepdim=True)
+    most = max(int(count.max()), 1)
+    order = (~chosen).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most]
+    return order, torch.arange(most, device=chosen.device) < count
+
+
+def take(rows: Tensor, index: Tensor) -> Tensor:
+    """``rows [B, H_kv, T, D]`` at ``index [B, H_kv, E]``: ``[B, H_kv, E, D]``."""
+    return rows.gather(2, index[..., None].expand(*index.shape, rows.shape[-1]))
+
+
+def nearest_row(keys: Tensor, index: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """The allowed row whose key is most similar to each leaving row's, in blocks of leaving rows.
+
+    Args:
+        keys: ``[B, H_kv, T, D]``.
+        index: ``[B, H_kv, E]`` leaving rows.
+        allowed: ``[B, H_kv, T]`` bool, rows that may be merged into.
+
+    Returns:
+        ``similarity [B, H_kv, E]`` (cosine; -inf where a head has no allowed row) and ``target [B, H_kv, E]``, ties
+        to the lower position.
+    """
+    unit = torch.nn.functional.normalize(wide(keys), dim=-1, eps=TINY)
+    size = max(1, BLOCK_ELEMENTS // allowed.numel())
+    best = []
+    for block in index.split(size, dim=-1):
+        cosine = take(unit, block) @ unit.transpose(-1, -2)
+        best.append(cosine.masked_fill_(~allowed[:, :, None], -torch.inf).max(dim=-1))
+    return torch.cat([b.values for b in best], dim=-1), torch.cat([b.indices for b in best], dim=-1)
+
+
+@dataclass
+class Fold:
+    """Kept rows become ``(base x_c + sum of weight x_e) / total`` over the rows e that join them.
+
+    Args:
+        index: ``[B, H_kv, E]`` leaving rows.
+        target: ``[B, H_kv, E]`` the row that each joins.
+        merged: ``[B, H_kv, E]`` bool: False = dropped, whatever its weight.
+        weight: ``[B, H_kv, E]``.
+        base: ``[B, H_kv, T]``.
+        total: ``[B, H_kv, T]``; None = ``base`` and the weights that joined, so that the result is convex.
+    """
+
+    index: Tensor
+    target: Tensor
+    merged: Tensor
+    weight: Tensor
+    base: Tensor
+    total: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.weight = torch.where(self.merged, self.weight, 0)
+
+    def joined(self, amount: Tensor) -> Tensor:
+        """Sum of ``amount [B, H_kv, E]`` over the rows that join each row, ``[B, H_kv, T]``."""
+        counted = torch.where(self.merged, amount, 0)
+        return counted.new_zeros(self.base.shape).scatter_add_(2, self.target, counted)
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """New ``rows [B, H_kv, T, D]``; those that nothing joins keep their bits."""
+        old = wide(rows)
+        leaving = take(old, self.index) * self.weight[..., None]
+        added = (self.base[..., None] * old).scatter_add_(2, self.target[..., None].expand_as(leaving), leaving)
+        total = self.base + self.joined(self.weight) if self.total is None else self.total
+        touched = self.joined(self.merged.to(self.base.dtype)) > 0
+        return torch.where(touched[..., None], (added / total[..., None]).to(rows.dtype), rows)
+
+    def cardinality(self, n: Tensor) -> Tensor:
+        """``n [B, H_kv, T]`` int32 with what joins each row added to it."""
+        return n + self.joined(n.gather(2, self.index)).to(n.dtype)
