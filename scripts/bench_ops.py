@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from asymkv.files import write_atomic
 from asymkv.longbench.compaction_share import bench_compaction_share, default_model
 from asymkv.longbench.conditions import commit, device_name
 from asymkv.ops import bench
@@ -53,28 +54,34 @@ def open_table(folder: Path, name: str, now: str) -> bench.Table:
     return bench.Table(folder / f"{name}.csv", absent, {"commit": now})
 
 
+def write_conditions(args: argparse.Namespace, now: str, skipped: list[str]) -> None:
+    """What the numbers hold for, and what was left out of the tables that were run."""
+    conditions = {
+        "device": device_name(torch.device(args.device)), "threads": args.threads, "repeats": args.repeats,
+        "torch": torch.__version__, "commit": now, "kv_heads": bench.KV_HEADS, "group": bench.GROUP,
+        "head_dim": bench.DIM, "max_bytes": args.max_bytes, "skipped": skipped,
+    }  # fmt: skip
+    write_atomic(args.out / "conditions.json", json.dumps(conditions, indent=2) + "\n")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the tables and prints them."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
     now = str(commit())
     # All of them: the conditions of those that are not run now are about to be overwritten.
     tables = {name: open_table(args.out, name, now) for name in TABLES}
-    device = torch.device(args.device)
-    options = bench.Options(device, args.dtypes, args.rows, args.batches, args.repeats, args.max_bytes)
+    write_conditions(args, now, [])
+    options = bench.Options(
+        torch.device(args.device), args.dtypes, args.rows, args.batches, args.repeats, args.max_bytes
+    )
     share = functools.partial(bench_compaction_share, model=args.model or default_model())
     for name in args.tables:
         {**bench.TABLES, "compaction_share": share}[name](tables[name], options)
         print(tables[name].markdown())
     skipped = [line for table in tables.values() for line in table.skipped]
     print(*(f"skipped: {line}" for line in skipped), sep="\n")
-    conditions = {
-        "device": device_name(device), "threads": args.threads, "repeats": args.repeats,
-        "torch": torch.__version__, "commit": now, "kv_heads": bench.KV_HEADS, "group": bench.GROUP,
-        "head_dim": bench.DIM, "max_bytes": args.max_bytes, "skipped": skipped,
-    }  # fmt: skip
-    (args.out / "conditions.json").write_text(json.dumps(conditions, indent=2) + "\n", encoding="utf-8")
+    write_conditions(args, now, skipped)
     bench.plot(args.out)
 
 

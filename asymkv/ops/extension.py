@@ -32,7 +32,11 @@ COLUMN_SCHEMAS = {
 }  # fmt: skip
 
 
-@functools.cache
+# Plain globals: torch.compile ignores functools.cache, and would trace down to the import, which breaks its graph.
+_found: bool | None = None
+_served: frozenset[str] = frozenset()
+
+
 def loaded() -> bool:
     """Whether the extension is there; loads it, and registers what belongs to it, at the first call.
 
@@ -41,11 +45,16 @@ def loaded() -> bool:
     Raises:
         ImportError, OSError: it cannot be loaded, and ``ASYMKV_REQUIRE_EXT`` is 1.
     """
-    found = _load()
-    if found:
-        _register_fakes()
-    _register_columns(define=not found)
-    return found
+    global _found, _served
+    if _found is None:
+        found = _load()
+        if found:
+            _register_fakes()
+            has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+            _served = frozenset(d for d in ("cpu", "cuda") if has_kernel("asymkv::ragged_append_", d.upper()))
+        _register_columns(define=not found)
+        _found = found
+    return _found
 
 
 def _load() -> bool:
@@ -66,13 +75,7 @@ def _load() -> bool:
 
 def serves(device: torch.device) -> bool:
     """Whether the row ops run natively on a device."""
-    return loaded() and _has_kernel(device.type)
-
-
-@functools.cache
-def _has_kernel(device_type: str) -> bool:
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("asymkv::ragged_append_", key)
+    return loaded() and device.type in _served
 
 
 @functools.cache
