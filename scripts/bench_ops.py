@@ -36,13 +36,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtypes", nargs="+", default=["float32", "bfloat16"])
     add("--rows", nargs="+", type=int, default=[1024, 8192, 32768, 131072], help="rows per KV head")
     add("--batches", type=bench.integers, default=[1, 8, 32], help="sequences, of the decode table: 1,8,32")
-    add("--max-bytes", type=int, help="of K and V in one cell; more is skipped (default: 6 GiB on a CPU)")
+    add("--max-bytes", type=int, help="of K and V in one cell; more is skipped (default: 6 GiB, half of a GPU)")
     add("--model", help="of compaction_share: short name, hub id or folder (default: SmolLM2 or its size)")
     add("--repeats", type=int, default=15)
     add("--threads", type=int, default=1)
     args = parser.parse_args(argv)
-    if args.max_bytes is None and args.device == "cpu":
-        args.max_bytes = bench.MAX_CPU_BYTES
+    if args.max_bytes is None:
+        args.max_bytes = bench.default_max_bytes(torch.device(args.device))
     return args
 
 

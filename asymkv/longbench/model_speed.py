@@ -215,8 +215,8 @@ def guarded(cell: Cell) -> dict[str, str]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on an accelerator or on the host."""
-    refused = "can't allocate memory" in str(error) or "not enough memory" in str(error)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or refused
+    words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")  # the last is cuBLAS's
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
 def out_of_memory() -> dict[str, str]:

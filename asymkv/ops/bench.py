@@ -35,8 +35,7 @@ SHAPES = {"even": (1.0,) * KV_HEADS, "skewed": SKEW}
 PLAIN, PADDED, READING = " without cardinality", "sdpa on padded heads", "reading the bytes once (sum)"
 
 
-# More bytes than this in one cell are not tried on a CPU.
-MAX_CPU_BYTES = 6 * 2**30
+CPU_BYTES = 6 * 2**30
 
 
 @dataclass(frozen=True)
@@ -127,6 +126,11 @@ class Table:
         lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
         lines += ["| " + " | ".join(row.values()) + " |" for row in self.rows]
         return "\n".join([f"\n## {self.path.stem}", "", *lines])
+
+
+def default_max_bytes(device: torch.device) -> int:
+    """What a cell may hold by default: 6 GiB on a host, half of a GPU's memory."""
+    return torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else CPU_BYTES
 
 
 def integers(text: str) -> list[int]:

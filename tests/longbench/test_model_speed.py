@@ -64,7 +64,8 @@ def test_a_cell_measures_time_and_memory(tiny, arm):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=str)  # fmt: skip
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+                                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")], ids=str)  # fmt: skip
 def test_a_cell_that_does_not_fit_says_so(error, monkeypatch):
     monkeypatch.setattr(model_speed, "measure", lambda cell: (_ for _ in ()).throw(error))
     assert model_speed.guarded(Cell("asymkv", "x", 1, 9))["status"] == OUT_OF_MEMORY
