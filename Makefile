@@ -52,6 +52,8 @@ test-gpu: install  ## the tests that need a CUDA device
 
 bench-gpu: install  ## the benchmarks on a CUDA device
 	$(BIN)/python scripts/bench_ops.py --device cuda --dtypes bfloat16 --out benchmarks/results/ops_gpu
+	$(BIN)/python scripts/bench_model.py --model llama-3.1-8b-random --batches 1,4,8 --device cuda \
+	  --out benchmarks/results/model_gpu
 
 lint: install  ## ruff, formatting, types, house rules
 	$(BIN)/ruff check .

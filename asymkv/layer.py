@@ -14,7 +14,7 @@ from asymkv.models._compat import LayerBase
 from asymkv.observations import QueryRing, attention_mass
 from asymkv.plan import CompactionPlan, execute, rotary_positions
 from asymkv.rope import Rope
-from asymkv.storage import RaggedStorage
+from asymkv.storage import ROW_COLUMNS, RaggedStorage
 from asymkv.view import RowView
 
 if TYPE_CHECKING:
@@ -165,7 +165,6 @@ class CompressedLayer(LayerBase):
         rotary = rotary_positions(self.policy, positions.flatten(0, 1), cardinality.flatten(0, 1))
         lengths = self.storage.table("length").view(self.batch, -1).clone()  # appends count the table itself up
         full = torch.ones_like(positions, dtype=torch.bool)
-        fixed = ("keys", "values", "cardinality", "log_n", "position")
         return RowView(
             keys=self.dense("keys"),
             values=self.dense("values"),
@@ -179,7 +178,7 @@ class CompressedLayer(LayerBase):
             prompt=prompt,
             scale=scale,
             rope=rope,
-            statistics={n: self.dense(n) for n in self.storage.columns if n not in fixed},
+            statistics={n: self.dense(n) for n in self.storage.columns if n not in ROW_COLUMNS},
             layer=self.index,
             output_weight=self.output_weight,
             memory=self.memory,

@@ -24,8 +24,8 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str | None:
-    """Commit of the checkout that this package runs from, marked where files differ from it; None if installed."""
-    folder = Path(__file__).resolve().parent
+    """Commit of the checkout that this package runs from, marked where its files differ; None if installed."""
+    folder = Path(__file__).resolve().parent.parent
     git = ["git", "-C", str(folder)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

@@ -5,16 +5,23 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import functools
+import io
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from asymkv.budgets import capacity_for
+from asymkv.files import write_atomic
 from asymkv.ops.backends import BACKENDS, Problem
 from asymkv.plan import CompactionPlan, contract_pairs, execute, keep_rows
 from asymkv.storage import RaggedStorage
@@ -24,28 +31,92 @@ KV_HEADS, GROUP, DIM = 8, 4, 128
 SCALE = DIM**-0.5
 # Share of the mean length that each head of a skewed layer has.
 SKEW = (0.1, 0.2, 0.4, 0.7, 1.0, 1.4, 1.8, 2.4)
+SHAPES = {"even": (1.0,) * KV_HEADS, "skewed": SKEW}
+PLAIN, PADDED, READING = " without cardinality", "sdpa on padded heads", "reading the bytes once (sum)"
+
+
+CPU_BYTES = 6 * 2**30
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is timed.
+
+    Args:
+        device: where.
+        dtypes: names of torch dtypes.
+        rows: per KV head.
+        batches: sequences; each has its own heads.
+        repeats: timed calls, of which the median counts.
+        max_bytes: ways that hold more are skipped, and said to be; None = no limit.
+    """
+
+    device: torch.device
+    dtypes: Sequence[str]
+    rows: Sequence[int]
+    batches: Sequence[int] = (1,)
+    repeats: int = 15
+    max_bytes: int | None = None
 
 
 class Table:
-    """Rows of a csv file, written as they come."""
+    """Rows of a csv file, written as they come.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: of the file; what is in it is not measured again.
+        absent: columns that a file of an earlier version lacks, with what its rows stand for.
+        stamp: further columns of every row measured from here on, such as the commit.
+
+    Raises:
+        ValueError: for a file whose rows lack other columns than those, when a row is looked for.
+    """
+
+    def __init__(
+        self, path: Path, absent: dict[str, str] | None = None, stamp: dict[str, str] | None = None
+    ) -> None:
         self.path = path
-        self.rows: list[dict] = []
+        self.stamp = stamp or {}
+        self.rows: list[dict[str, str]] = []
+        self.skipped: list[str] = []
         if path.exists():
             with path.open(encoding="utf-8", newline="") as file:
                 self.rows = list(csv.DictReader(file))
+            lacking = {k: v for k, v in (absent or {}).items() if self.rows and k not in self.rows[0]}
+            if lacking:
+                self.rows = [{**row, **lacking} for row in self.rows]
+                self._save()  # now: what it stands for may be known only until the next run
 
-    def add(self, keys: dict, measure: Callable[[], float]) -> None:
-        """Times a row unless it is there."""
-        keys = {name: str(value) for name, value in keys.items()}
-        if any(all(row[name] == value for name, value in keys.items()) for row in self.rows):
+    def find(self, keys: dict[str, Any]) -> dict[str, str] | None:
+        """The row with these values, compared as text."""
+        lacking = [name for name in keys if self.rows and name not in self.rows[0]]
+        if lacking:
+            raise ValueError(f"{self.path} is of an earlier version and lacks the columns {lacking}; add them, or "
+                             "write to another folder")
+        return next((r for r in self.rows if all(r[name] == str(value) for name, value in keys.items())), None)
+
+    def has(self, keys: dict[str, Any]) -> bool:
+        """Whether a row with these values is there."""
+        return self.find(keys) is not None
+
+    def add(self, keys: dict[str, Any], measure: Callable[[], float | dict[str, str]]) -> None:
+        """Measures a row unless it is there: milliseconds, or a value for each of several columns."""
+        if self.has(keys):
             return
-        self.rows.append({**keys, "ms": f"{measure():.4f}"})
-        with self.path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(self.rows[0]))
-            writer.writeheader()
-            writer.writerows(self.rows)
+        found = measure()
+        values = found if isinstance(found, dict) else {"ms": f"{found:.4f}"}
+        self.rows.append({**{name: str(value) for name, value in keys.items()}, **values, **self.stamp})
+        self._save()
+
+    def _save(self) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomic(self.path, text.getvalue())
+
+    def skip(self, keys: dict[str, Any], why: str) -> None:
+        """Notes that a row is not measured, for the report and the conditions."""
+        self.skipped.append(f"{self.path.stem}, {', '.join(str(v) for v in keys.values())}: {why}")
 
     def markdown(self) -> str:
         """All rows as a markdown table."""
@@ -55,6 +126,20 @@ class Table:
         lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
         lines += ["| " + " | ".join(row.values()) + " |" for row in self.rows]
         return "\n".join([f"\n## {self.path.stem}", "", *lines])
+
+
+def default_max_bytes(device: torch.device) -> int:
+    """What a cell may hold by default: 6 GiB on a host, half of a GPU's memory."""
+    return torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else CPU_BYTES
+
+
+def integers(text: str) -> list[int]:
+    """``"1,8,32"`` as numbers.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    return [int(part) for part in text.split(",")]
 
 
 def milliseconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -90,12 +175,11 @@ def storage_of(lengths: list[int], dtype: torch.dtype, device: torch.device, *, 
     return storage
 
 
-def bench_append(
-    table: Table, device: torch.device, dtypes: Sequence[str], rows: Sequence[int], repeats: int
-) -> None:
+def bench_append(table: Table, options: Options) -> None:
     """One token: in place, torch.cat of K and V as DynamicCache does, a copy of the flat cache as AdaKV does."""
-    for name in dtypes:
-        for n in rows:
+    device = options.device
+    for name in options.dtypes:
+        for n in options.rows:
             dtype = getattr(torch, name)
             storage = storage_of([n] * KV_HEADS, dtype, device, spare=256)
             new = {"keys": torch.randn(KV_HEADS, 1, DIM, device=device).to(dtype)}
@@ -116,33 +200,72 @@ def bench_append(
             ways = {"asymkv": ours, "torch.cat (DynamicCache)": cat, "copy of all heads (AdaKV)": copy}
             for way, call in ways.items():
                 keys = {"dtype": name, "rows": n, "way": way}
-                table.add(keys, lambda call=call: milliseconds(call, device, repeats))  # type: ignore[misc]
+                table.add(keys, lambda call=call: milliseconds(call, device, options.repeats))  # type: ignore[misc]
 
 
-def bench_decode(
-    table: Table, device: torch.device, dtypes: Sequence[str], rows: Sequence[int], repeats: int
-) -> None:
-    """One query a head group over even and skewed heads, with cardinalities: every backend that runs here."""
-    for name in dtypes:
-        dtype = getattr(torch, name)
-        able = [b for b, x in BACKENDS.items() if x.missing(device, DIM, dtype) is None and b != "reference"]
-        able = [b for b in able if b != "triton" or device.type == "cuda"]  # not in the interpreter
-        for n in rows:
-            for heads, lengths in {"even": [n] * KV_HEADS, "skewed": [int(n * s) for s in SKEW]}.items():
-                storage = storage_of(lengths, dtype, device)
-                query = torch.randn(1, KV_HEADS * GROUP, 1, DIM, device=device).to(dtype)
-                ways = {b if heads == "even" or b != "sdpa" else "sdpa head by head": (b, storage) for b in able}
-                if heads == "skewed":
-                    ways["sdpa on padded heads"] = ("sdpa", _padded(storage))
-                for way, (backend, stored) in ways.items():
-                    keys = {"dtype": name, "rows": n, "heads": heads, "way": way}
-                    problem = Problem(query, stored, None, None, SCALE)
-                    call = lambda b=backend, p=problem: BACKENDS[b].attend(p)  # noqa: E731
-                    table.add(keys, lambda call=call: milliseconds(call, device, repeats))  # type: ignore[misc]
-                size = sum(lengths) * DIM * 2 * dtype.itemsize
-                source = torch.empty(size // 4, dtype=torch.float32, device=device).normal_()
-                keys = {"dtype": name, "rows": n, "heads": heads, "way": "reading the bytes once (sum)"}
-                table.add(keys, lambda source=source: milliseconds(source.sum, device, repeats))  # type: ignore[misc]
+class DecodeCell:
+    """Decode attention of one token over one shape of heads, and the ways to compute it that run here.
+
+    Args:
+        dtype: name of the rows' dtype.
+        batch: sequences.
+        rows: per KV head, in the mean.
+        heads: a key of ``SHAPES``.
+        device: where.
+    """
+
+    def __init__(self, dtype: str, batch: int, rows: int, heads: str, device: torch.device) -> None:
+        self.keys = {"dtype": dtype, "batch": batch, "rows": rows, "heads": heads}
+        self.dtype, self.device = getattr(torch, dtype), device
+        self.batch = batch
+        self.lengths = [int(rows * share) for share in SHAPES[heads]] * batch
+        backends = [b for b, x in BACKENDS.items() if x.missing(device, DIM, self.dtype) is None and b != "reference"]
+        backends = [b for b in backends if b != "triton" or device.type == "cuda"]  # not in the interpreter
+        self.backends = {b if heads == "even" or b != "sdpa" else "sdpa head by head": b for b in backends}
+        self.bytes = sum(self.lengths) * DIM * 2 * self.dtype.itemsize
+
+    def ways(self) -> dict[str, int]:
+        """Every way, with the bytes of K and V that it holds."""
+        ways = {name + suffix: self.bytes for name in self.backends for suffix in ("", PLAIN)}
+        if self.keys["heads"] == "skewed":
+            ways[PADDED] = self.bytes + max(self.lengths) * len(self.lengths) * DIM * 2 * self.dtype.itemsize
+        return {**ways, READING: 2 * self.bytes}
+
+    def calls(self, ways: Sequence[str]) -> Iterator[tuple[str, Callable[[], object]]]:
+        """The calls of some ways, one after the other; what a call alone holds is freed before the next."""
+        storage = storage_of(self.lengths, self.dtype, self.device)
+        query = torch.randn(self.batch, KV_HEADS * GROUP, 1, DIM, device=self.device).to(self.dtype)
+        for way in ways:
+            if way == READING:
+                yield way, torch.empty(self.bytes // 4, dtype=torch.float32, device=self.device).normal_().sum
+                continue
+            backend = "sdpa" if way == PADDED else self.backends[way.removesuffix(PLAIN)]
+            stored = _padded(storage) if way == PADDED else _single(storage) if way.endswith(PLAIN) else storage
+            problem = Problem(query, stored, None, None, SCALE)
+            yield way, functools.partial(BACKENDS[backend].attend, problem)
+
+
+def bench_decode(table: Table, options: Options) -> None:
+    """One query a head group over even and skewed heads, with and without cardinalities: every backend here."""
+    for dtype, batch, n, heads in product(options.dtypes, options.batches, options.rows, SHAPES):
+        cell = DecodeCell(dtype, batch, n, heads, options.device)
+        missing = {w: size for w, size in cell.ways().items() if not table.has({**cell.keys, "way": w})}
+        wanted = [w for w, size in missing.items() if options.max_bytes is None or size <= options.max_bytes]
+        for way in missing.keys() - set(wanted):
+            table.skip({**cell.keys, "way": way}, f"{missing[way] / 2**30:.1f} GiB")
+        if wanted:
+            for way, call in cell.calls(wanted):
+                table.add({**cell.keys, "way": way},
+                          functools.partial(milliseconds, call, options.device, options.repeats))  # fmt: skip
+
+
+def _single(rows: RaggedStorage) -> RaggedStorage:
+    """The same keys and values, every row a single token: attention without cardinalities."""
+    single = copy.copy(rows)
+    single.columns = {**rows.columns, "cardinality": torch.ones_like(rows.columns["cardinality"]),
+                      "log_n": torch.zeros_like(rows.columns["log_n"])}  # fmt: skip
+    single.merged, single._segments = False, None
+    return single
 
 
 def _padded(rows: RaggedStorage) -> RaggedStorage:
@@ -165,12 +288,11 @@ class _Frequencies:
         return self.inv_freq
 
 
-def bench_compaction(
-    table: Table, device: torch.device, dtypes: Sequence[str], rows: Sequence[int], repeats: int
-) -> None:
+def bench_compaction(table: Table, options: Options) -> None:
     """2,560 rows of 8 heads down to 2,048: AsymKV's merges, drops, and gather + cat in PyTorch for the drops."""
     before, after = 2560, 2048
-    for name in dtypes:
+    device = options.device
+    for name in options.dtypes:
         storage = storage_of([before] * KV_HEADS, getattr(torch, name), device, spare=capacity_for(before) - before)
         position = torch.arange(before, device=device).expand(1, KV_HEADS, -1).int()
         storage.write("position", position[0])
@@ -206,14 +328,14 @@ def bench_compaction(
         } | {"gather + cat in PyTorch, drop": gather_cat}
         for way, call in ways.items():
             keys = {"dtype": name, "rows": before, "way": way}
-            table.add(keys, lambda call=call: milliseconds(call, device, repeats))  # type: ignore[misc]
+            table.add(keys, lambda call=call: milliseconds(call, device, options.repeats))  # type: ignore[misc]
 
 
 TABLES = {"append": bench_append, "decode": bench_decode, "compaction": bench_compaction}
 
 
 def plot(folder: Path) -> None:
-    """``ops.png``: time against rows of append and decode, both axes logarithmic."""
+    """``ops.png``: time against rows of append and of decode at the first batch size, both axes logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -223,8 +345,12 @@ def plot(folder: Path) -> None:
     figure, axes = plt.subplots(1, max(len(names), 1), figsize=(7 * max(len(names), 1), 5), squeeze=False)
     for axis, name in zip(axes[0], names, strict=False):
         series: dict[str, list[tuple[int, float]]] = {}
-        for row in Table(folder / f"{name}.csv").rows:
-            label = ", ".join(v for k, v in row.items() if k not in ("rows", "ms"))
+        rows = Table(folder / f"{name}.csv").rows
+        first = rows[0].get("batch") if rows else None
+        for row in rows:
+            if row.get("batch") != first or row["way"].endswith(PLAIN):
+                continue  # what can be told apart in one figure; the table has the rest
+            label = ", ".join(v for k, v in row.items() if k not in ("rows", "ms", "batch", "commit"))
             series.setdefault(label, []).append((int(row["rows"]), float(row["ms"])))
         for label, points in series.items():
             axis.loglog(*zip(*sorted(points), strict=True), marker="o", label=label)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asymkv.ops import checks, extension, reference, triton_attention, triton_launch, triton_statistics
+from asymkv.ops import checks, extension, reference, triton_attention, triton_launch
 
 
 def native_append(keys: Tensor, new_keys: Tensor) -> bool:
@@ -47,25 +47,26 @@ def ragged_compact(keys: Tensor, *args: Any) -> None:
 
 def native_columns(keys: Tensor) -> bool:
     """Whether :func:`attention_mass` and :func:`key_curvature` have compiled code for these rows ``[..., D]``."""
+    built = extension.loaded()  # registers the kernels of both devices
     if keys.dtype == torch.float64:
         return False
     if keys.device.type == "cuda":
         return triton_attention.available() is None and keys.shape[-1] in triton_launch.DIMS
-    return keys.device.type == "cpu" and extension.loaded() and fits(keys.shape[-1])
+    return keys.device.type == "cpu" and built and fits(keys.shape[-1])
 
 
 def attention_mass(query: Tensor, *args: Any) -> Tensor:
     """Compiled :func:`asymkv.ops.reference.attention_mass`; ask :func:`native_columns` first."""
-    return triton_statistics.attention_mass(query, *args) if query.is_cuda else _call("attention_mass", query, *args)
+    return _call("attention_mass", query, *args)
 
 
 def key_curvature(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """Compiled :func:`asymkv.ops.reference.key_curvature`; ask :func:`native_columns` first."""
-    return triton_statistics.key_curvature(query, *args) if query.is_cuda else _call("key_curvature", query, *args)
+    return _call("key_curvature", query, *args)
 
 
 def _call(name: str, *args: Any) -> Any:
-    """Calls the extension; complaints about arguments are ValueErrors, as the reference's are."""
+    """Calls a registered op; complaints about arguments are ValueErrors, as the reference's are."""
     try:
         return getattr(torch.ops.asymkv, name)(*args)
     except RuntimeError as error:

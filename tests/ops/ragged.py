@@ -69,3 +69,21 @@ def attention64(x: Ragged, *, with_n: bool = True, seen: list[Tensor] | None = N
                                                 bias[None, None], x.scale))  # fmt: skip
     out, lse = (torch.cat(column) for column in zip(*parts, strict=True))
     return out.reshape(batch, heads, queries, dim), lse.reshape(batch, heads, queries)
+
+
+def plain_varlen(query, keys, values, cu_q, start_k, used_k, max_q, max_k, scale, causal):
+    """The protocol in plain PyTorch; as FlashAttention, says inf where a query sees no row, and leaves NaN there."""
+    assert cu_q.dtype == start_k.dtype == used_k.dtype == torch.int32 and len(start_k) == len(cu_q) == len(used_k) + 1
+    out = torch.full_like(query, torch.nan)
+    lse = torch.full(query.shape[1::-1], torch.inf)
+    for first, end, begin, used in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), start_k.tolist(), used_k.tolist(),
+                                       strict=False):  # fmt: skip
+        assert end - first <= max_q and 0 <= used <= max_k
+        if used and end > first:
+            k, v = (x[begin : begin + used, 0].double() for x in (keys, values))
+            s = query[first:end].double() @ k.T * scale  # [q, H_q, T]
+            if causal:
+                s = s + reference.causal_tail_bias(end - first, used, used, s.device)[:, None]
+            out[first:end] = (s.softmax(-1) @ v).to(out.dtype)
+            lse[:, first:end] = s.logsumexp(-1).T.float()
+    return out, lse

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from asymkv.ops import reference
+
 HEAD_LENS = [[1], [0, 3], [5, 1, 130, 7]]
 DIMS = [64, 80, 96, 128, 256]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -61,3 +63,18 @@ def make_rows(head_lens, dim, dtype, *, spare=4, most=10_000, seed=0) -> Rows:
     free = rows.outside()
     rows.keys[free], rows.values[free], rows.cardinality[free], rows.log_n[free] = CANARY, CANARY, CANARY, CANARY
     return rows
+
+
+def columns(rows, group, queries, dim, dtype, *, heads=2, seed=0):
+    """Arguments of attention_mass and key_curvature: some rows absent, some queries absent, lse over what is seen."""
+    g = torch.Generator().manual_seed(seed)
+    k, v = (torch.randn(heads, rows + 5, dim, generator=g).to(dtype)[:, :rows] for _ in range(2))
+    query = torch.randn(heads, group, queries, dim, generator=g).to(dtype)
+    log_n = torch.randint(1, 10_000, (heads, rows), generator=g).float().log()
+    log_n[1, rows // 2 :] = -torch.inf
+    position = torch.arange(rows, dtype=torch.int32).expand(heads, -1).contiguous()
+    at = torch.randint(-1, rows + 4, (heads, queries), generator=g)
+    bias = torch.where(position[:, None] > at[..., None], -torch.inf, log_n[:, None].double())
+    out, lse = reference.biased_attention(query.double(), k.double()[:, None], v.double()[:, None], bias[:, None],
+                                          dim**-0.5)  # fmt: skip
+    return [query, k, v, log_n, position, at, lse.float(), out.to(dtype), dim**-0.5]

@@ -1,12 +1,14 @@
 """Ops over flattened rows: the extension against the reference, on one table of ragged shapes."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
-from rows import DIMS, DTYPES, HEAD_LENS, RTOL, make_rows
-from tiny_models import assert_close
+from rows import DIMS, DTYPES, HEAD_LENS, RTOL, columns, make_rows
+from tiny_models import assert_close, prompt, tiny_model
 
+import asymkv
 from asymkv.ops import extension, reference
 
 if os.environ.get("ASYMKV_REQUIRE_EXT") != "1":
@@ -204,21 +206,6 @@ def test_decode_does_not_depend_on_threads(threads):
     assert_close("lse", want[1].nan_to_num(neginf=0), have[1].nan_to_num(neginf=0), 1e-6)
 
 
-def columns(rows, group, queries, dim, dtype, *, heads=2, seed=0):
-    """Arguments of attention_mass and key_curvature: some rows absent, some queries absent, lse over what is seen."""
-    g = torch.Generator().manual_seed(seed)
-    k, v = (torch.randn(heads, rows + 5, dim, generator=g).to(dtype)[:, :rows] for _ in range(2))
-    query = torch.randn(heads, group, queries, dim, generator=g).to(dtype)
-    log_n = torch.randint(1, 10_000, (heads, rows), generator=g).float().log()
-    log_n[1, rows // 2 :] = -torch.inf
-    position = torch.arange(rows, dtype=torch.int32).expand(heads, -1).contiguous()
-    at = torch.randint(-1, rows + 4, (heads, queries), generator=g)
-    bias = torch.where(position[:, None] > at[..., None], -torch.inf, log_n[:, None].double())
-    out, lse = reference.biased_attention(query.double(), k.double()[:, None], v.double()[:, None], bias[:, None],
-                                          dim**-0.5)  # fmt: skip
-    return [query, k, v, log_n, position, at, lse.float(), out.to(dtype), dim**-0.5]
-
-
 @pytest.mark.parametrize(("rows", "group", "queries"), [(1, 1, 1), (70, 4, 33), (130, 3, 70)])
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -270,6 +257,42 @@ def test_decode_step_compiles_without_a_graph_break():
     have = compiled(query, *step, *vars(compiled_rows).values())
     assert all(torch.equal(x, y) for x, y in zip(want, have, strict=True))
     assert compiled_rows.length.tolist() == [4, 6] and torch.equal(eager_rows.keys, compiled_rows.keys)
+
+
+def test_compaction_step_compiles_without_a_graph_break():
+    """Attention mass, from it a plan's layout, and the compaction into given buffers."""
+    args, out, _ = compaction([5, 3], 64, torch.float32, weights="dim", policy="compact")
+    sums = columns(9, 2, 3, 64, torch.float32)
+    destination, length = random_plan([5, 3])
+
+    def compact(sums, destination, length, args, out):
+        mass = torch.ops.asymkv.attention_mass(*sums[:2], *sums[3:7], sums[8])
+        order, offset, count = torch.ops.asymkv.compaction_layout(destination, length)
+        torch.ops.asymkv.ragged_compact(*args[:7], order, offset, *args[9:], *out)
+        return mass, count
+
+    eager_out, compiled_out = ([[y.clone() for y in x] if isinstance(x, list) else x.clone() for x in out]
+                               for _ in range(2))  # fmt: skip
+    want = compact(sums, destination, length, args, eager_out)
+    have = torch.compile(compact, fullgraph=True, backend="aot_eager")(sums, destination, length, args, compiled_out)
+    assert all(torch.equal(x, y) for x, y in zip(want, have, strict=True))
+    pairs = zip([*eager_out[:5], *eager_out[5]], [*compiled_out[:5], *compiled_out[5]], strict=True)
+    assert all(torch.equal(x, y) for x, y in pairs) and not torch.equal(eager_out[0], out[0])
+
+
+def test_no_op_breaks_the_graph_of_a_patched_models_decode_step():
+    """The cache's bookkeeping in Python breaks it; the ops, and what chooses among them, are captured."""
+    model = tiny_model()
+    with asymkv.replace("llama", budget=48, chunk_size=32, backend="cpp"), torch.no_grad():
+        cache = model(prompt(100)).past_key_values
+        torch._dynamo.reset()
+        found = torch._dynamo.explain(model)(prompt(1), past_key_values=cache, logits_to_keep=1)
+    torch._dynamo.reset()
+    captured = {str(node.target) for graph in found.graphs for node in graph.graph.nodes}
+    assert {"asymkv.ragged_append_", "asymkv.lma_decode"} <= {name.removesuffix(".default") for name in captured}
+    named = [r.reason for r in found.break_reasons if any(name in r.reason for name in samples())]
+    at = {Path(r.user_stack[-1].filename).parent for r in found.break_reasons if r.user_stack}
+    assert not named and Path(asymkv.ops.__file__).parent not in at
 
 
 @pytest.mark.slow
