@@ -30,6 +30,12 @@ def poisoned_empty(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def same_seed():
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def no_patch_leaks():
     """Classes are the originals before and after each test."""
     originals = {f: (get_adapter(f).attention_class().forward, get_adapter(f).causal_lm_class().forward)

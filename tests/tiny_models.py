@@ -80,6 +80,14 @@ def assert_close(name: str, ref: Tensor, out: Tensor, rtol: float) -> None:
     )
 
 
+def assert_lse(ref: Tensor, out: Tensor, tol: float) -> None:
+    """Log-sum-exps agree: relative to 1 where they are near zero, -inf in the same places."""
+    assert torch.equal(torch.isneginf(ref), torch.isneginf(out))
+    ref, out = (x.double().nan_to_num(neginf=0) for x in (ref, out))
+    worst = ((ref - out).abs() / ref.abs().clamp(min=1)).max().item() if ref.numel() else 0.0
+    assert worst <= tol, f"lse: error {worst:.3g} > {tol:.3g}"
+
+
 def assert_same_rows(a, b, *, row_a: int = 0, row_b: int = 0, rtol: float = 1e-5) -> None:
     """Two caches hold the same rows for a sequence of their batches."""
     for layer in range(len(a.layers)):
