@@ -25,6 +25,10 @@ class _Default(int):
     """An integer default that a method may replace by its own; an explicit equal value is not one."""
 
 
+class _DefaultName(str):
+    """The same for a name."""
+
+
 @dataclasses.dataclass(frozen=True, init=False)
 class CompressionConfig:
     """What to compress, how, and to how much.
@@ -72,8 +76,8 @@ class CompressionConfig:
         window_size: int = _Default(32),
         chunk_size: int | str | None = None,
         decode_interval: int = _Default(128),
-        head_budgets: str | Mapping[str, Any] = "uniform",
-        layer_budgets: str | Mapping[str, Any] = "uniform",
+        head_budgets: str | Mapping[str, Any] = _DefaultName("uniform"),
+        layer_budgets: str | Mapping[str, Any] = _DefaultName("uniform"),
         position_policy: str | None = None,
         backend: str = "auto",
         **method_options: Any,
@@ -81,14 +85,16 @@ class CompressionConfig:
         values = {k: v for k, v in locals().items() if k in _FIELDS}
         values["options"] = _make_method(method, method_options)
         for name, default in values["options"].defaults().items():
-            if values[name] is None or isinstance(values[name], _Default):
+            if values[name] is None or isinstance(values[name], (_Default, _DefaultName)):
                 values[name] = default
         if budget is None and ratio is None and values["budget"] is None:
             values["budget"] = DEFAULT_BUDGET
         if ratio is not None and budget is None:
             values["budget"] = None
         for name, value in values.items():
-            object.__setattr__(self, name, int(value) if isinstance(value, _Default) else value)
+            if isinstance(value, (_Default, _DefaultName)):
+                value = int(value) if isinstance(value, _Default) else str(value)
+            object.__setattr__(self, name, value)
         self._validate()
 
     def _validate(self) -> None:

@@ -6,6 +6,7 @@ from asymkv.methods.asymkv import AsymKV, AsymKVEvict
 from asymkv.methods.base import Method
 from asymkv.methods.full import Full
 from asymkv.methods.h2o import H2O
+from asymkv.methods.kvzip import KVzip
 from asymkv.methods.streaming_llm import StreamingLLM
 
 METHODS: dict[str, type[Method]] = {
@@ -13,6 +14,7 @@ METHODS: dict[str, type[Method]] = {
     "asymkv_evict": AsymKVEvict,
     "full": Full,
     "h2o": H2O,
+    "kvzip": KVzip,
     "streaming_llm": StreamingLLM,
 }
 
