@@ -123,6 +123,7 @@ class CompressedCache(BudgetLedger, Cache):
         self.peak_nbytes = 0
         self._bytes: list[int] = [0] * num_layers
         self.in_call = False  # a forward has begun and not ended
+        self.dialogue = ""  # where a conversation stands (asymkv.ask); "" = none
         self._model: Callable[[], PreTrainedModel | None] = lambda: None
 
     @classmethod
@@ -319,7 +320,7 @@ class CompressedCache(BudgetLedger, Cache):
     def reset(self) -> None:
         """Forgets everything seen."""
         super().reset()
-        self.step, self.in_call = None, False
+        self.step, self.in_call, self.dialogue = None, False, ""
         self.open_ledger()
         self.tail = torch.zeros(0, 0, dtype=torch.bool)
         self.compactions = self.peak_rows = self.peak_nbytes = 0

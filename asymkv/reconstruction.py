@@ -96,8 +96,8 @@ class Replay:
     ) -> None:
         storage, batch = layer.storage, layer.batch
         storage.add_column(SCORE, (), torch.float32)
-        rows = subset(storage, *(x.to(q.device).repeat_interleave(layer.kv_heads) for x in (self.begin, self.end)),
-                      self.anchor)  # fmt: skip
+        begin, end = (x.to(q.device).repeat_interleave(layer.kv_heads) for x in (self.begin, self.end))
+        rows = subset(storage, begin, end, self.anchor)
         if not rows.place.shape[1]:
             return
         dtype = torch.promote_types(q.dtype, torch.float32)

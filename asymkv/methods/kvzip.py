@@ -85,7 +85,7 @@ class KVzip(Method):
         return not self.retain
 
     def defaults(self) -> dict[str, Any]:
-        splits = {
+        splits: dict[str, dict[str, Any]] = {
             "pair": {"layer_budgets": "global"},
             "head": {"layer_budgets": "global"},
             "layer": {"head_budgets": {"kind": "adaptive", "mode": "hard", "floor": 0}},
