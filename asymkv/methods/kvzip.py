@@ -32,7 +32,7 @@ WORDINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class KVzip(Method):
-    """Keeps the rows that the model needs most to repeat its context; every later token stays.
+    """Keeps the rows that the model needs most to repeat its context, whatever will be asked; answers stay whole.
 
     Once the prompt is in, it is replayed in ranges (``asymkv.reconstruction``), which costs about as much as reading
     it again. A later turn is replayed by itself and compacted with the stored scores of older rows.

@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import asymkv
 from asymkv.models import get_adapter
-from asymkv.reconstruction import SCORE, Replay, Reconstruction, replay
+from asymkv.reconstruction import SCORE, Reconstruction, Replay, replay
 
 REQUEST = {"repeat_ids": (5, 90, 17), "continue_ids": (5, 91), "suffix_ids": (33, 34)}
 
