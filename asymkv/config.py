@@ -83,6 +83,8 @@ class CompressionConfig:
         **method_options: Any,
     ) -> None:
         values = {k: v for k, v in locals().items() if k in _FIELDS}
+        given = [k for k, v in values.items() if v is not None and not isinstance(v, (_Default, _DefaultName))]
+        object.__setattr__(self, "_given", given)
         values["options"] = _make_method(method, method_options)
         for name, default in values["options"].defaults().items():
             if values[name] is None or isinstance(values[name], (_Default, _DefaultName)):
@@ -157,10 +159,13 @@ class CompressionConfig:
         return f"method={self.method}, {size}, backend={self.backend}"
 
     def replace(self, **overrides: Any) -> CompressionConfig:
-        """A copy with some settings changed; giving a budget drops the ratio, and the other way round."""
-        base = self.to_dict()
-        if "method" in overrides and overrides["method"] != self.method:
-            base = {k: v for k, v in base.items() if k in _FIELDS}
+        """A copy with some settings changed; giving a budget drops the ratio, and the other way round.
+
+        What the method set because nobody did is set anew: it may follow the settings that change.
+        """
+        base = {name: getattr(self, name) for name in self._given}  # type: ignore[attr-defined]
+        if overrides.get("method", self.method) == self.method:
+            base.update(self.options.to_dict())
         for name, other in (("budget", "ratio"), ("ratio", "budget")):
             if overrides.get(name) is not None:
                 base[other] = None

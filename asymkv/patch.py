@@ -178,7 +178,8 @@ class PatchHandle:
 
 def _check_mode(config: CompressionConfig, mode: Any) -> None:
     """Assisted decoding takes tokens back, which a compaction makes impossible."""
-    if "assisted" in str(getattr(mode, "value", mode)) and config.options.compresses:
+    judged = config.options.compresses or "reconstruction" in config.options.needs
+    if "assisted" in str(getattr(mode, "value", mode)) and judged:
         raise ValueError(f"assisted generation rolls the cache back, which method={config.method!r} cannot; "
                          "allowed: method='full'")
 

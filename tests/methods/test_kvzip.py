@@ -177,6 +177,20 @@ def test_a_missing_tokenizer_is_named_before_anything_is_stored(model, tmp_path)
         assert not cache.in_call and not cache.max_rows()
 
 
+def test_scores_made_under_inference_mode_serve_outside(model):
+    with torch.inference_mode():
+        cache = filled(model, retain=True)
+    assert_same_rows(filled(model, ratio=0.4), cache.prune(ratio=0.4))
+    with asymkv.replace("llama", model=model), torch.no_grad():
+        model(prompt(9, seed=5), past_key_values=cache)
+    assert cache.tokens_seen.tolist() == [129] and scores(cache).min() > 0
+
+
+def test_assisted_generation_is_refused(model):
+    with asymkv.replace("llama", model=model, **KVZIP, retain=True), pytest.raises(ValueError, match="assisted"):
+        model.generate(prompt(30), assistant_model=model, max_new_tokens=3)
+
+
 def test_embeddings_are_refused(model):
     with asymkv.replace("llama", model=model, **KVZIP), pytest.raises(ValueError, match="found inputs_embeds"):
         model(inputs_embeds=model.get_input_embeddings()(prompt(20)))
