@@ -1,6 +1,7 @@
 """asymkv: compressed KV caches for transformers, by merging, eviction and everything between."""
 
 from asymkv.cache import CompressedCache
+from asymkv.compress import ask, compress
 from asymkv.config import CompressionConfig
 from asymkv.ops import lma_attention
 from asymkv.patch import (
@@ -19,6 +20,8 @@ __all__ = [
     "CompressionConfig",
     "PatchHandle",
     "__version__",
+    "ask",
+    "compress",
     "lma_attention",
     "replace",
     "replace_llama_asymkv",

@@ -34,7 +34,10 @@ def attention_forward(
     if "output_weight" in cache.config.options.needs:
         layer.output_weight = module.o_proj.weight
     q, k, v = adapter.project(module, hidden)
-    out = attend(cache, layer, q, k, v, module.scaling)
+    if cache.step.replay is not None:
+        out = cache.step.replay.attend(cache, layer, q, k, v, hidden, module.scaling)
+    else:
+        out = attend(cache, layer, q, k, v, module.scaling)
     return module.o_proj(out.transpose(1, 2).reshape(*hidden.shape[:-1], -1)), None
 
 
@@ -85,8 +88,8 @@ def attend(cache: CompressedCache, layer: CompressedLayer, q: Tensor, k: Tensor,
     raw = q if "raw_queries" in cache.config.options.needs else None
     rotary = None
     if step.tape is not None or layer.policy != "original":
-        rotary = _rotary_of_new(layer, step, k)
-    q, k = _rotate_new(cache, step, rotary, q, k)
+        rotary = rotary_of_new(layer, step, k)
+    q, k = rotate_new(cache, step, rotary, q, k)
     if step.tape is not None:
         assert rotary is not None
         return _taped(cache, layer, step, q, k, v, rotary, scale)
@@ -123,7 +126,9 @@ def observe(cache: CompressedCache, layer: CompressedLayer, step: Step, seen: Se
 
 
 def is_due(cache: CompressedCache, layer: CompressedLayer, step: Step) -> bool:
-    """Whether some row of the batch must lose rows of this layer in this step."""
+    """Whether some row of the batch must lose rows of this layer now."""
+    if step.hold:
+        return False
     if cache.deferred:
         return any(step.due)
     return any(layer.exceeding(step.limits[layer.index], ragged=cache.config.head_split.ragged))
@@ -252,7 +257,7 @@ def _flush(cache: CompressedCache, layer: CompressedLayer, scale: float) -> None
     layer.ring.clear()
 
 
-def _rotary_of_new(layer: CompressedLayer, step: Step, k: Tensor) -> Tensor:
+def rotary_of_new(layer: CompressedLayer, step: Step, k: Tensor) -> Tensor:
     """``[B, H_kv, t]``: positions that the chunk's keys are rotated to, under the layer's policy."""
     positions = step.on(k.device)[0]
     if layer.policy == "original" or not layer.is_initialized:
@@ -263,7 +268,7 @@ def _rotary_of_new(layer: CompressedLayer, step: Step, k: Tensor) -> Tensor:
     return first + torch.arange(positions.shape[1], device=k.device)
 
 
-def _rotate_new(
+def rotate_new(
     cache: CompressedCache, step: Step, rotary: Tensor | None, q: Tensor, k: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Rotates the chunk's queries and keys; a head's queries follow the positions of their KV head."""

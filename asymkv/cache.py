@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from asymkv.models import get_adapter
 from asymkv.models._compat import Cache, columns_to_crop
 from asymkv.ops import resolve_backend
 from asymkv.rope import Rope
+
+if TYPE_CHECKING:
+    from asymkv.reconstruction import Replay
 
 # cardinality (int32), log n (fp32) and position (int32) of a row
 METADATA_BYTES = 12
@@ -42,6 +45,8 @@ class Step:
         tape: collects what a backward pass needs; None = none will come.
         store: whether the chunk's rows are appended (False: they are only looked at).
         compacted: set when some layer was compacted.
+        hold: no layer is compacted yet: what judges its rows comes after the forward.
+        replay: the tokens rebuild stored ones (``asymkv.reconstruction``): nothing is appended.
     """
 
     counts: list[int]
@@ -54,6 +59,8 @@ class Step:
     tape: dict[int, Any] | None = None
     store: bool = True
     compacted: bool = False
+    hold: bool = False
+    replay: Replay | None = None
     _copies: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     _queries: dict[torch.device, Tensor] = field(default_factory=dict)
 
@@ -116,6 +123,7 @@ class CompressedCache(BudgetLedger, Cache):
         self.peak_nbytes = 0
         self._bytes: list[int] = [0] * num_layers
         self.in_call = False  # a forward has begun and not ended
+        self.dialogue = ""  # where a conversation stands (asymkv.ask); "" = none
         self._model: Callable[[], PreTrainedModel | None] = lambda: None
 
     @classmethod
@@ -240,6 +248,16 @@ class CompressedCache(BudgetLedger, Cache):
         self.in_call = True
         return prompt
 
+    def next_positions(
+        self, counts: list[int], device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Own-token positions ``[B, max(counts)]`` of the tokens that follow, and their tables ``cos, sin``."""
+        seen = torch.tensor(self.layers[0].tokens or [0] * len(counts), device=device)[:, None]
+        positions = seen + torch.arange(max(counts), device=device)
+        # Clamped to each row's last token: frequencies that follow the length must not follow the batch's padding.
+        own = positions.minimum(seen + torch.tensor(counts, device=device)[:, None] - 1).clamp(min=0)
+        return positions, self.rope.tables(own, dtype) if positions.numel() else (positions, positions)
+
     def end_call(self, valid: Tensor, compacted: bool) -> None:
         """Counts the columns of a forward, ``valid [B, t]`` on the CPU, and remembers how far :meth:`crop` may go."""
         for layer in self.layers:
@@ -302,7 +320,7 @@ class CompressedCache(BudgetLedger, Cache):
     def reset(self) -> None:
         """Forgets everything seen."""
         super().reset()
-        self.step, self.in_call = None, False
+        self.step, self.in_call, self.dialogue = None, False, ""
         self.open_ledger()
         self.tail = torch.zeros(0, 0, dtype=torch.bool)
         self.compactions = self.peak_rows = self.peak_nbytes = 0
@@ -315,6 +333,18 @@ class CompressedCache(BudgetLedger, Cache):
         for name in ("prompt_tokens", "expected_prompt", "prompt_until", "pending", "_bytes"):
             setattr(out, name, list(getattr(self, name)))
         return out
+
+    def prune(self, *, ratio: float | None = None, budget: int | str | None = None) -> CompressedCache:
+        """A fork that is compacted to another ratio or budget by the scores that this cache stores.
+
+        Rows that are gone stay gone: fill the cache with ``retain=True`` to try any ratio on one prefill.
+
+        Raises:
+            ValueError: for a cache without stored scores, or unless exactly one of ratio and budget is given.
+        """
+        from asymkv import reconstruction
+
+        return reconstruction.prune(self, ratio, budget)
 
     def save(self, path: str | Path) -> None:
         """Writes the cache into a folder: rows as safetensors, settings, model and checksum as json.

@@ -85,6 +85,8 @@ class CompressionConfig:
         **method_options: Any,
     ) -> None:
         values = {k: v for k, v in locals().items() if k in _FIELDS}
+        given = [k for k, v in values.items() if v is not None and not isinstance(v, (_Default, _DefaultName))]
+        object.__setattr__(self, "_given", given)
         values["options"] = _make_method(method, method_options)
         for name, default in values["options"].defaults().items():
             if values[name] is None or isinstance(values[name], (_Default, _DefaultName)):
@@ -94,8 +96,9 @@ class CompressionConfig:
         if ratio is not None and budget is None:
             values["budget"] = None
         for name, value in values.items():
-            plain = {_Default: int, _DefaultName: str}.get(type(value))
-            object.__setattr__(self, name, plain(value) if plain else value)
+            if isinstance(value, (_Default, _DefaultName)):
+                value = int(value) if isinstance(value, _Default) else str(value)
+            object.__setattr__(self, name, value)
         self._validate()
 
     def _validate(self) -> None:
@@ -160,12 +163,11 @@ class CompressionConfig:
     def replace(self, **overrides: Any) -> CompressionConfig:
         """A copy with some settings changed; giving a budget drops the ratio, and the other way round.
 
-        Another method drops this one's options, and the general settings that were this method's defaults.
+        What the method set because nobody did is set anew: it may follow the settings that change.
         """
-        base = self.to_dict()
-        if "method" in overrides and overrides["method"] != self.method:
-            own = self.options.defaults()
-            base = {k: v for k, v in base.items() if k in _FIELDS and not (k in own and own[k] == v)}
+        base = {name: getattr(self, name) for name in self._given}  # type: ignore[attr-defined]
+        if overrides.get("method", self.method) == self.method:
+            base.update(self.options.to_dict())
         for name, other in (("budget", "ratio"), ("ratio", "budget")):
             if overrides.get(name) is not None:
                 base[other] = None

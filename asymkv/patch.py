@@ -178,7 +178,8 @@ class PatchHandle:
 
 def _check_mode(config: CompressionConfig, mode: Any) -> None:
     """Assisted decoding takes tokens back, which a compaction makes impossible."""
-    if "assisted" in str(getattr(mode, "value", mode)) and config.options.compresses:
+    judged = config.options.compresses or "reconstruction" in config.options.needs
+    if "assisted" in str(getattr(mode, "value", mode)) and judged:
         raise ValueError(f"assisted generation rolls the cache back, which method={config.method!r} cannot; "
                          "allowed: method='full'")
 
@@ -222,12 +223,7 @@ def replace(
             compressed cache cannot serve; or a family patched under instances that accelerate has hooked.
     """
     adapter = get_adapter(model_type)
-    if config is None:
-        config = CompressionConfig(**overrides)
-    elif isinstance(config, CompressionConfig):
-        config = config.replace(**overrides) if overrides else config
-    else:
-        config = CompressionConfig.load(config, **overrides)
+    config = make_config(config, overrides)
     if model is None:
         _check_classes(adapter)
     else:
@@ -235,6 +231,24 @@ def replace(
     handle = PatchHandle(adapter, config, model)
     handle.install()
     return handle
+
+
+def make_config(config: CompressionConfig | str | Path | None, overrides: dict[str, Any]) -> CompressionConfig:
+    """Settings as :func:`replace` takes them: an object, a name or path, or None for the defaults; overrides win."""
+    if config is None:
+        return CompressionConfig(**overrides)
+    if isinstance(config, CompressionConfig):
+        return config.replace(**overrides) if overrides else config
+    return CompressionConfig.load(config, **overrides)
+
+
+def handle_of(lm: nn.Module) -> PatchHandle | None:
+    """The patch in force on a causal LM: its own, or its class's."""
+    for forward in (getattr(lm, "_old_forward", None), lm.forward):
+        mark = getattr(getattr(forward, "__func__", forward), _MARK, None)
+        if mark is not None and mark.active:
+            return mark
+    return None
 
 
 def _check_classes(adapter: FamilyAdapter) -> None:
@@ -257,9 +271,7 @@ def _check_instance(adapter: FamilyAdapter, model: nn.Module) -> None:
         found = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise ValueError(f"no {adapter.causal_lm} in the given model; found {found!r}, expected {adapter.model_type!r}")
     adapter.check(lms[0].config)
-    forwards = [getattr(lms[0], "_old_forward", None), lms[0].forward]
-    marks = [getattr(getattr(f, "__func__", f), _MARK, None) for f in forwards]
-    if any(mark is not None and mark.active for mark in marks):
+    if handle_of(lms[0]) is not None:
         raise ValueError(f"this {adapter.model_type} model is patched already; restore() the first patch")
 
 

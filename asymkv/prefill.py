@@ -16,6 +16,7 @@ from asymkv.attention import settle
 from asymkv.cache import CompressedCache, Step
 from asymkv.models._compat import CausalLMOutputWithPast
 from asymkv.models.adapter import FamilyAdapter
+from asymkv.reconstruction import Reconstruction, compact_scored
 
 # Arguments of a causal LM's forward that are ours to serve; all others go to the decoder, as in transformers.
 _OWN = ("labels", "logits_to_keep", "use_cache", "past_key_values", "return_dict", "cache_position", "input_ids",
@@ -162,13 +163,13 @@ def _decode_all(
     layout = call.layout
     keep = call.logits_to_keep
     first = 0 if isinstance(keep, Tensor) or not keep else max(layout.columns - keep, 0)
+    rebuild = None
+    if "reconstruction" in cache.config.options.needs:
+        ids = None if call.embedded else layout.take(call.inputs, 0, max(layout.counts))
+        rebuild = Reconstruction.of(adapter, lm, cache, ids, layout.counts)
     prompt = cache.start_call(layout.counts)
     device = call.inputs.device
-    seen = torch.tensor(cache.layers[0].tokens or [0] * len(layout.counts), device=device)[:, None]
-    positions = seen + torch.arange(max(layout.counts), device=device)
-    # Clamped to each row's last token: frequencies that follow the length must not follow the batch's padding.
-    own = positions.minimum(seen + torch.tensor(layout.counts, device=device)[:, None] - 1).clamp(min=0)
-    tables = cache.rope.tables(own, lm.dtype) if positions.numel() else (positions, positions)
+    positions, tables = cache.next_positions(layout.counts, device, lm.dtype)
     hidden, states, compacted = None, None, False
     for begin, end in _chunks(max(layout.counts), cache.config.chunk):
         counts = [min(max(n - begin, 0), end - begin) for n in layout.counts]
@@ -176,7 +177,11 @@ def _decode_all(
         requests = cache.requests(counts, prompt)
         due = cache.exceeding(requests, counts)
         step = Step(counts, positions[:, begin:end], cut, cache.limits(requests), requests, due, prompt=any(prompt))
+        step.hold = rebuild is not None and step.prompt
         out = _run_chunk(adapter, lm, cache, call, step, begin, end)
+        if rebuild is not None and step.prompt:
+            rebuild.run([n if p else 0 for n, p in zip(counts, prompt, strict=True)], begin)
+            compact_scored(cache, step)
         settle(cache, step)
         compacted |= step.compacted
         cache.compactions += step.compacted

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 FORMAT = "asymkv-cache-1"
 ROWS, MANIFEST = "rows.safetensors", "cache.json"
-_STATE = ("prompt_tokens", "expected_prompt", "prompt_until", "pending", "compactions", "peak_rows", "peak_nbytes")
+_STATE = ("prompt_tokens", "expected_prompt", "prompt_until", "pending", "compactions", "peak_rows", "peak_nbytes",
+          "dialogue")  # fmt: skip
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:

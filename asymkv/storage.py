@@ -139,6 +139,12 @@ class RaggedStorage:
         rows = self.run(name, head)
         return rows[self.run("position", head).argsort(stable=True)] if self.by_class else rows
 
+    def locate(self, index: Tensor) -> Tensor:
+        """Places ``[N, W]`` in the buffers of the ``index``-th rows of each head by ascending position."""
+        if self.by_class:
+            index = self._by_position().gather(1, index)
+        return self.table("start")[:, None] + index
+
     # -- writing -------------------------------------------------------------------------------------------------
     def append(self, new: dict[str, Tensor], counts: list[int]) -> None:
         """Writes the first ``counts[h]`` of ``t`` new rows behind each head's own, in place.

@@ -11,6 +11,8 @@ from asymkv.models import families, get_adapter
 
 FAMILIES = families()
 VOCAB = 128
+# What a method needs on a model without a tokenizer: the request to repeat, as token ids.
+OPTIONS = {"kvzip": {"repeat_ids": (5, 90, 17), "continue_ids": (5, 91), "suffix_ids": (33,), "replay_chunk": 70}}
 
 
 def tiny_config(family: str, **overrides):

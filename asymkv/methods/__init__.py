@@ -12,6 +12,7 @@ from asymkv.methods.full import Full
 from asymkv.methods.h2o import H2O
 from asymkv.methods.keys import KeyDiff, Knorm
 from asymkv.methods.kvmerger import KVMerger
+from asymkv.methods.kvzip import KVzip
 from asymkv.methods.snapkv import AdaKV, DynamicKV, PyramidKV, SnapKV
 from asymkv.methods.streaming_llm import StreamingLLM
 from asymkv.methods.tova import TOVA
@@ -32,6 +33,7 @@ METHODS: dict[str, type[Method]] = {
     "keydiff": KeyDiff,
     "knorm": Knorm,
     "kvmerger": KVMerger,
+    "kvzip": KVzip,
     "pyramidkv": PyramidKV,
     "snapkv": SnapKV,
     "streaming_llm": StreamingLLM,

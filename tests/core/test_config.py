@@ -89,6 +89,14 @@ def test_replace_switches_between_budget_and_ratio_and_methods():
     assert other.ratio == 0.25 and other.options.normalize is False
 
 
+def test_replace_sets_a_methods_defaults_anew():
+    config = CompressionConfig("kvzip", sink_size=6)
+    assert (config.layer_budgets, config.window_size) == ("global", 0)
+    assert config.replace(level="pair_uniform").layer_budgets == "uniform"
+    other = config.replace(method="h2o")
+    assert other == CompressionConfig("h2o", sink_size=6) and other.replace(method="kvzip") == config
+
+
 @pytest.mark.parametrize(("text", "size"), [("512MiB", 2**29), ("1.5 GB", 1_500_000_000), ("7b", 7), ("2KiB", 2048)])
 def test_sizes(text, size):
     assert parse_bytes(text) == size

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, assert_close, assert_same_rows, left_padded, prompt, tiny_model
+from tiny_models import FAMILIES, OPTIONS, assert_close, assert_same_rows, left_padded, prompt, tiny_model
 
 import asymkv
 from asymkv.methods import METHODS
 
 # Variants of a method whose contracts are checked beside its defaults.
 VARIANTS = {
-    **{name: {"method": name} for name in METHODS},
+    **{name: {"method": name, **OPTIONS.get(name, {})} for name in METHODS},
     "asymkv-loss": {"method": "asymkv", "curvature": "loss"},
     "asymkv-output": {"method": "asymkv", "curvature": "output"},
     "asymkv-error": {"method": "asymkv", "key_weights": "output_error", "pair_rule": "output_error"},
@@ -35,12 +35,16 @@ VARIANTS = {
     "value_merge-knorm": {"method": "value_merge", "select": "knorm", "merge_fraction": 0.5, "count_bias": True},
     "value_merge-pivot": {"method": "value_merge", "mode": "pivot"},
     "value_merge-weighted": {"method": "value_merge", "mode": "weighted", "select": "knorm"},
+    "kvzip-uniform": {"method": "kvzip", "level": "pair_uniform", "plus": True, "prefix": 20, **OPTIONS["kvzip"]},
+    "kvzip-head": {"method": "kvzip", "level": "head", **OPTIONS["kvzip"]},
+    "kvzip-compact": {"method": "kvzip", "level": "layer", "position_policy": "compact", **OPTIONS["kvzip"]},
 }
 COMPRESSING = [v for v in VARIANTS if v != "full"]
 
 
 def chunked(variant: str, size: int) -> dict:
-    return {} if METHODS[VARIANTS[variant]["method"]].chunk_size is None else {"chunk_size": size}
+    whole = "whole_prompt" in asymkv.CompressionConfig(**VARIANTS[variant]).options.needs
+    return {} if variant == "full" or whole else {"chunk_size": size}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -130,7 +134,8 @@ def test_padded_batch_equals_rows_alone(family, variant):
             assert_close("logits", ref[0], logits[row], 1e-6)
             assert_same_rows(one, cache, row_b=row, rtol=1e-6)
             if variant != "full":
-                assert cache.compactions and cache.num_rows(0)[row].max() < 0.8 * cache.tokens_seen[row]
+                held = torch.stack([cache.num_rows(layer)[row] for layer in range(2)]).double().mean()
+                assert cache.compactions and held < 0.8 * cache.tokens_seen[row]
     assert cache.tokens_seen.tolist() == [a + 12 + b for a, b in zip(lengths, [60, 40, 9], strict=True)]
 
 

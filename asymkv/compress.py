@@ -1,0 +1,180 @@
+"""One context, many questions: compress once, ask on copies, or go on in a conversation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from asymkv.cache import CompressedCache
+from asymkv.chat import chat_text, encode
+from asymkv.config import CompressionConfig
+from asymkv.methods.kvzip import TEMPLATE, KVzip
+from asymkv.patch import handle_of, make_config, replace
+
+# Of CompressedCache.dialogue: a context whose user turn is still open; a conversation after an answer.
+OPEN, ANSWERED = "open", "answered"
+
+
+def compress(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    context: str | Tensor,
+    config: CompressionConfig | str | Path | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    chat: bool = True,
+    system: str | None = None,
+    **overrides: Any,
+) -> CompressedCache:
+    """Reads a context into a compressed cache, for :func:`ask`.
+
+    The model is patched for this call only, if it is not patched yet.
+
+    Args:
+        model: a causal LM of a supported family.
+        tokenizer: its tokenizer.
+        context: a text, or token ids ``[B, t]`` that are taken as they are.
+        config: settings, or the name or path of a yaml file; None: those of the patch in force, else the defaults.
+        attention_mask: ``[B, t]`` of token ids with padding.
+        chat: put a text into the first user turn of the tokenizer's chat template, where it has one.
+        system: system prompt before a text; None: the template's own.
+        overrides: settings that win over ``config``.
+
+    Raises:
+        ValueError: for an empty context, arguments that do not go together, or what the model or method refuses.
+    """
+    patch = handle_of(model)
+    if config is None and patch is not None and not overrides:
+        config = patch.config
+    made = make_config(config, overrides)
+    if isinstance(context, str):
+        if attention_mask is not None:
+            raise ValueError("attention_mask belongs to token ids; found a text")
+        ids, prefix, dialogue = _tokens(tokenizer, context, chat, system)
+        ids = ids.to(model.device)
+    elif system is not None:
+        raise ValueError("system belongs to a text; found token ids, which are taken as they are")
+    else:
+        ids, prefix, dialogue = context.to(model.device), None, ""
+    made = _spelled(made, tokenizer, prefix)
+    with patched(model, made), torch.no_grad():
+        cache = CompressedCache.for_model(made, model)
+        mask = None if attention_mask is None else attention_mask.to(model.device)
+        model(input_ids=ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+    cache.dialogue = dialogue
+    return cache
+
+
+def ask(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    cache: CompressedCache,
+    question: str,
+    update_cache: bool = False,
+    **generate_kwargs: Any,
+) -> str:
+    """Answers a question on a compressed context.
+
+    A text that was compressed with ``chat=True`` is asked in its own user turn, and later questions in turns of their
+    own; otherwise the question is taken as it is. ``generate`` sees padding in place of the context's tokens, so that
+    settings that read the prompt (a repetition penalty) see only the question and the answer.
+
+    Args:
+        model: the model that filled the cache; patched for this call only, if it is not patched yet.
+        tokenizer: its tokenizer.
+        cache: one sequence (batch 1).
+        question: what to ask.
+        update_cache: False: ask a copy, to which question and answer are appended as they are; the cache stays as it
+            was. True: go on in a conversation; the new turn is compressed by the cache's method.
+        generate_kwargs: for ``model.generate``.
+
+    Returns:
+        The answer, special tokens left out.
+
+    Raises:
+        ValueError: for an empty cache or one of several sequences, a question without a token, or several answers.
+    """
+    if len(cache.prompt_tokens) != 1:
+        raise ValueError(f"ask takes a filled cache of one sequence; found a batch of {len(cache.prompt_tokens)}")
+    if generate_kwargs.get("num_beams", 1) > 1 or generate_kwargs.get("num_return_sequences", 1) > 1:
+        raise ValueError("ask gives one answer; num_beams and num_return_sequences must be 1")
+    asked = _question(tokenizer, cache, question)
+    if not asked:
+        raise ValueError(f"the question holds no token: {question!r}")
+    used = cache if update_cache else _as_is(cache)
+    past = cache.get_seq_length()
+    ids = torch.tensor([[0] * past + asked], device=model.device)
+    with patched(model, used.config), torch.no_grad():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=used,  # type: ignore[operator]
+                             **{**generate_kwargs, "return_dict_in_generate": False})  # fmt: skip
+        if update_cache:
+            _finish(model, used, out, tokenizer.eos_token_id)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+@contextlib.contextmanager
+def patched(model: PreTrainedModel, config: CompressionConfig) -> Iterator[None]:
+    """The model patched, for the time of the block unless it is already."""
+    if handle_of(model) is not None:
+        yield
+        return
+    with replace(model.config.model_type, config, model=model):
+        yield
+
+
+def _tokens(tokenizer: Any, context: str, chat: bool, system: str | None) -> tuple[Tensor, int, str]:
+    """Ids ``[1, t]`` of a context, how many of them are its prefix, and the state of the conversation."""
+    if chat and getattr(tokenizer, "chat_template", None) is not None:
+        prefix = encode(tokenizer, chat_text(tokenizer, system).prefix)
+        dialogue = OPEN
+    else:
+        # What the tokenizer itself puts first (a BOS token) belongs to the prefix.
+        prefix, dialogue = tokenizer.encode(f"{system}\n\n" if system else ""), ""
+        if prefix and prefix[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
+            prefix = prefix[:-1]
+    said = encode(tokenizer, context)
+    if not said:
+        raise ValueError("the context holds no token")
+    return torch.tensor([prefix + said]), len(prefix), dialogue
+
+
+def _spelled(config: CompressionConfig, tokenizer: Any, prefix: int | None) -> CompressionConfig:
+    """Settings that need no tokenizer any more; the prefix is the one that was put there."""
+    method = config.options
+    if not isinstance(method, KVzip):
+        return config
+    given = {} if method.tokenizer is not None else method.spelled(tokenizer)
+    if prefix is not None and method.prefix in (None, TEMPLATE):
+        given["prefix"] = prefix
+    return config.replace(**given)
+
+
+def _question(tokenizer: Any, cache: CompressedCache, question: str) -> list[int]:
+    if not cache.dialogue:
+        return encode(tokenizer, question)
+    text = chat_text(tokenizer)
+    before = "\n\n" if cache.dialogue == OPEN else text.between
+    return encode(tokenizer, before + question + text.suffix)
+
+
+def _as_is(cache: CompressedCache) -> CompressedCache:
+    """A copy to which everything new is appended and nothing is compacted."""
+    out = cache.fork()
+    out.config = CompressionConfig("full", position_policy=cache.config.positions, backend=cache.config.backend)
+    return out
+
+
+def _finish(model: PreTrainedModel, cache: CompressedCache, out: Tensor, end: int | None) -> None:
+    """Stores the answer's last token, which generate leaves out, unless the template's next turn brings it."""
+    last = out[:, -1:]
+    missing = out.shape[1] - cache.get_seq_length()
+    if missing == 1 and not (cache.dialogue and int(last) == end):
+        model(input_ids=last, past_key_values=cache, logits_to_keep=1)
+    if cache.dialogue:
+        cache.dialogue = ANSWERED

@@ -1,0 +1,315 @@
+"""Context reconstruction (KVzip, arXiv 2505.23416): stored rows are judged by how much the model needs them to repeat
+the text that they come from.
+
+The model is asked to repeat a range of its own tokens and the range is fed as the answer, against everything stored.
+A row's score is the highest probability that any query of the replay, in any head of the group, gives it in a softmax
+over the first rows, the range's rows and the replay's own tokens; so that its cost per token does not grow with the
+context. Nothing of a replay is stored. Which rows are judged is said by position: the cache may be compressed already.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from asymkv.attention import Seen, compact_due, rotary_of_new, rotate_new, settle
+from asymkv.cache import CompressedCache, Step
+from asymkv.layer import CompressedLayer
+from asymkv.models.adapter import FamilyAdapter
+from asymkv.ops import ragged_attention
+from asymkv.ops.sdpa import causal_attention
+from asymkv.storage import RaggedStorage
+
+if TYPE_CHECKING:
+    from asymkv.methods.kvzip import KVzip
+
+SCORE = "score"  # fp32 statistic of each row; 0 = never judged
+FAINTEST = 1e-30  # lowest score of a judged row: an underflow must not look like a row that was never judged
+OVERLAP = 8  # tokens before the range that tell the model where to go on (the paper's code)
+BLOCK_ELEMENTS = 1 << 22  # logits in memory at a time, 16 MiB in fp32
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What is put around a range, as token ids.
+
+    Args:
+        repeat: asks for the whole context.
+        again: asks for the part that starts with the tokens that follow.
+        suffix: ends the question and opens the answer.
+        prefix: own tokens at the start of the context that are never rebuilt.
+    """
+
+    repeat: tuple[int, ...]
+    again: tuple[int, ...]
+    suffix: tuple[int, ...]
+    prefix: int = 0
+
+
+@dataclass(frozen=True)
+class Replay:
+    """One replay on its way through the layers; ``begin``, ``end [B]`` int64: positions of the rows to score.
+
+    Args:
+        anchor: rows at positions below this are in every softmax.
+        weigh: KVzip+: probabilities times the norm of the value through the output projection, over the norm of the
+            query's hidden state.
+    """
+
+    begin: Tensor
+    end: Tensor
+    anchor: int
+    weigh: bool
+
+    def attend(
+        self, cache: CompressedCache, layer: CompressedLayer, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Attention over everything stored and the replay itself, causal; scores the range's rows on the way.
+
+        Args:
+            q: ``[B, H, t, D]`` before RoPE.
+            k: ``[B, H_kv, t, D]`` before RoPE.
+            v: ``[B, H_kv, t, D]``.
+            hidden: ``[B, t, hidden_size]``, what they were projected from.
+
+        Returns:
+            ``[B, H, t, D]``.
+        """  # fmt: skip
+        step = cache.step
+        assert step is not None
+        rotary = None if layer.policy == "original" else rotary_of_new(layer, step, k)
+        q, k = rotate_new(cache, step, rotary, q, k)
+        self._score(layer, step, q, k, hidden, scale)
+        past, past_lse = ragged_attention(q, layer, scale=scale, backend=cache.backend)
+        own, own_lse = causal_attention(q, k, v, scale)
+        share = torch.sigmoid(own_lse - past_lse)[..., None]
+        return torch.lerp(past.to(share.dtype), own.to(share.dtype), share).to(q.dtype)
+
+    def _score(
+        self, layer: CompressedLayer, step: Step, q: Tensor, k: Tensor, hidden: Tensor, scale: float
+    ) -> None:
+        storage, batch = layer.storage, layer.batch
+        storage.add_column(SCORE, (), torch.float32)
+        begin, end = (x.to(q.device).repeat_interleave(layer.kv_heads) for x in (self.begin, self.end))
+        rows = subset(storage, begin, end, self.anchor)
+        if not rows.place.shape[1]:
+            return
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        queries = q.reshape(storage.heads, -1, *q.shape[2:])
+        counts = torch.tensor(step.counts, device=q.device)
+        absent = torch.arange(q.shape[2], device=q.device) >= counts[:, None]
+        fade = hidden.norm(dim=-1, dtype=dtype).log() if self.weigh else torch.zeros(1, 1, device=q.device, dtype=dtype)
+        fade = torch.where(absent, torch.inf, fade).repeat_interleave(storage.heads // batch, 0)
+        keys = storage.columns["keys"][rows.place].to(dtype)
+        bias = torch.where(rows.present, storage.columns["log_n"][rows.place], -torch.inf).to(dtype)
+        best = strongest(queries.to(dtype) * scale, keys, bias, k.flatten(0, 1).to(dtype), fade).exp()
+        if self.weigh:
+            assert layer.output_weight is not None
+            best = best * output_norm(storage.columns["values"][rows.place].to(dtype), layer.output_weight, batch)
+        score = best.amax(1).clamp(min=FAINTEST, max=None if self.weigh else 1)
+        storage.columns[SCORE][rows.place[rows.scored]] = score[rows.scored].float()
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Rows of N heads: ``place [N, W]`` in the buffers, ``present [N, W]``, and those to score, ``scored [N, W]``."""
+
+    place: Tensor
+    present: Tensor
+    scored: Tensor
+
+
+def subset(storage: RaggedStorage, begin: Tensor, end: Tensor, anchor: int) -> Subset:
+    """Rows of each head at positions below ``anchor`` or from ``begin`` to ``end``, both ``[N]`` int64."""
+    positions, valid = storage.ordered("position"), storage.valid()
+    if valid is not None:
+        positions = torch.where(valid, positions, torch.iinfo(torch.int32).max)
+    bounds = torch.stack((torch.full_like(begin, anchor), begin, end), 1).int()
+    first, low, high = torch.searchsorted(positions.contiguous(), bounds).unbind(1)
+    low = low.maximum(first)
+    count = first + (high - low).clamp(min=0)
+    index = torch.arange(int(count.max()), device=storage.device).expand(storage.heads, -1)
+    present = index < count[:, None]
+    index = torch.where(index < first[:, None], index, index + (low - first)[:, None])
+    place = storage.locate(torch.where(present, index, 0)).clamp(max=storage.columns["position"].shape[0] - 1)
+    position = storage.columns["position"][place]
+    return Subset(place, present, present & (position >= begin[:, None]) & (position < end[:, None]))
+
+
+def strongest(queries: Tensor, keys: Tensor, bias: Tensor, own: Tensor, fade: Tensor) -> Tensor:
+    """Highest log probability of each row over the queries of a head, in blocks of queries.
+
+    The softmax of a query runs over the rows and the replay's own keys up to the query's.
+
+    Args:
+        queries: ``[N, G, t, D]``, scaled.
+        keys: ``[N, W, D]`` of the rows.
+        bias: ``[N, W]``, log n of a row, -inf where absent.
+        own: ``[N, t, D]`` keys of the replay.
+        fade: ``[N, t]``, taken off a query's log probabilities; inf where it is no token.
+
+    Returns:
+        ``[N, G, W]``.
+    """
+    heads, group, total, _ = queries.shape
+    width = keys.shape[1]
+    best = queries.new_full((heads, group, width), -torch.inf)
+    size = max(1, BLOCK_ELEMENTS // (heads * group * (width + total)))
+    for begin in range(0, total, size):
+        end = min(begin + size, total)
+        block = queries[:, :, begin:end].flatten(1, 2)
+        logits = torch.baddbmm(bias[:, None], block, keys.transpose(1, 2)).view(heads, group, -1, width)
+        tail = (block @ own[:, :end].transpose(1, 2)).view(heads, group, -1, end)
+        column = torch.arange(end, device=own.device)
+        tail = tail.masked_fill_(column > column[begin:, None], -torch.inf)
+        lse = torch.logaddexp(logits.logsumexp(-1), tail.logsumexp(-1)) + fade[:, None, begin:end]
+        best = best.maximum(logits.sub_(lse[..., None]).amax(2))
+    return best
+
+
+def output_norm(values: Tensor, weight: Tensor, batch: int) -> Tensor:
+    """Norm of values through each query head's part of the output projection.
+
+    Args:
+        values: ``[B * H_kv, W, D]``.
+        weight: ``[hidden, H * D]``.
+
+    Returns:
+        ``[B * H_kv, G, W]``.
+    """
+    kv_heads, dim = values.shape[0] // batch, values.shape[-1]
+    heads = weight.to(values.dtype).view(weight.shape[0], kv_heads, -1, dim)
+    gram = torch.einsum("okgd,okge->kgde", heads, heads).repeat(batch, 1, 1, 1)
+    return torch.einsum("nwd,ngde,nwe->ngw", values, gram, values).clamp(min=0).sqrt()
+
+
+@dataclass
+class Reconstruction:
+    """Replays of one forward's prompt.
+
+    Args:
+        ids: ``[B, t]`` own tokens of the forward, packed to the left.
+        skip: tokens of each row at its start that belong to the prefix.
+    """
+
+    adapter: FamilyAdapter
+    lm: PreTrainedModel
+    cache: CompressedCache
+    ids: Tensor
+    wording: Wording
+    skip: list[int]
+
+    @classmethod
+    def of(
+        cls, adapter: FamilyAdapter, lm: PreTrainedModel, cache: CompressedCache, ids: Tensor | None, counts: list[int]
+    ) -> Reconstruction:
+        """Before the forward: everything that can be refused is refused here.
+
+        Raises:
+            ValueError: for embeddings, or if the words cannot be had.
+        """
+        if ids is None:
+            raise ValueError(f"method {cache.config.method!r} repeats the prompt and needs its token ids; found "
+                             "inputs_embeds")
+        wording = cache.config.options.wording_for(lm)  # type: ignore[attr-defined]
+        seen = cache.layers[0].tokens or [0] * len(counts)
+        skip = [min(max(wording.prefix - s, 0), n) for s, n in zip(seen, counts, strict=True)]
+        return cls(adapter, lm, cache, ids, wording, skip)
+
+    def run(self, counts: list[int], at: int) -> None:
+        """Scores each row's newest ``counts[b]`` rows, which are own tokens ``at, ...`` of the forward."""
+        method: KVzip = self.cache.config.options  # type: ignore[assignment]
+        first = [max(s, at) for s in self.skip]
+        last = [at + n for n in counts]
+        shift = [n - e for n, e in zip(self.cache.layers[0].tokens, last, strict=True)]
+        if not method.keep_prefix:
+            self._give_up_prefix([min(s, n) if n else 0 for s, n in zip(self.skip, last, strict=True)], shift)
+        longest = max((e - f for f, e in zip(first, last, strict=True)), default=0)
+        for offset in range(0, longest, method.replay_chunk):
+            begin = [min(f + offset, e) for f, e in zip(first, last, strict=True)]
+            end = [min(b + method.replay_chunk, e) for b, e in zip(begin, last, strict=True)]
+            inputs = [self._input(row, b, e) for row, (b, e) in enumerate(zip(begin, end, strict=True))]
+            ranges = [(b + s, e + s) if b < e else (0, 0) for b, e, s in zip(begin, end, shift, strict=True)]
+            replay(self.adapter, self.lm, self.cache, inputs, ranges, method.anchor(self.wording), method.plus)
+
+    def _input(self, row: int, begin: int, end: int) -> Tensor:
+        """Question and answer of one row; empty if it has no range. Replays start where the prefix ends."""
+        if begin >= end:
+            return self.ids[row, :0]
+        start = self.skip[row]
+        words = self.wording.repeat if begin == start else self.wording.again
+        before = self.ids[row, max(begin - OVERLAP, start) : begin]
+        asked, suffix = (self.ids.new_tensor(w) for w in (words, self.wording.suffix))
+        return torch.cat((asked, before, suffix, self.ids[row, begin:end]))
+
+    def _give_up_prefix(self, until: list[int], shift: list[int]) -> None:
+        """Gives the prefix the lowest score, instead of none."""
+        for layer in self.cache.layers:
+            layer.storage.add_column(SCORE, (), torch.float32)
+            bound = torch.tensor([u + s if u else 0 for u, s in zip(until, shift, strict=True)],
+                                 device=layer.storage.device)  # fmt: skip
+            score = layer.dense(SCORE)
+            prefix = layer.dense("position") < bound[:, None, None]
+            layer.storage.write(SCORE, torch.where(prefix, FAINTEST, score).flatten(0, 1))
+
+
+def replay(
+    adapter: FamilyAdapter, lm: PreTrainedModel, cache: CompressedCache, inputs: list[Tensor],
+    ranges: list[tuple[int, int]], anchor: int, weigh: bool,
+) -> None:
+    """Runs one replay against everything stored, and writes the score of the rows in ``ranges``.
+
+    Args:
+        inputs: per row of the batch, the token ids of its replay ``[n]``; none = this row has none.
+        ranges: per row, the positions ``begin, end`` of the rows to score.
+        anchor: rows at positions below this are in every softmax.
+        weigh: KVzip+, see :class:`Replay`.
+    """  # fmt: skip
+    counts = [len(x) for x in inputs]
+    ids = pad_sequence(inputs, batch_first=True)
+    positions, tables = cache.next_positions(counts, ids.device, lm.dtype)
+    begin, end = torch.tensor(ranges, device=ids.device).unbind(1)
+    cache.step = Step(counts, positions, tables, [], [], [], prompt=True, replay=Replay(begin, end, anchor, weigh))
+    adapter.decoder(lm)(
+        input_ids=ids,
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    )
+
+
+def compact_scored(cache: CompressedCache, step: Step) -> None:
+    """Lets every layer judge by the scores that are stored now; layers that do not wait are compacted."""
+    step.hold = False
+    for layer in cache.layers:
+        # Stored scores need no queries, and so no factor of their logits.
+        compact_due(cache, layer, step, Seen(), layer.storage.columns["keys"].shape[-1] ** -0.5)
+
+
+def prune(cache: CompressedCache, ratio: float | None, budget: int | str | None) -> CompressedCache:
+    """See :meth:`asymkv.CompressedCache.prune`."""
+    if (ratio is None) == (budget is None):
+        raise ValueError(f"give exactly one of ratio and budget; found ratio={ratio!r}, budget={budget!r}")
+    if not all(layer.is_initialized and SCORE in layer.storage.columns for layer in cache.layers):
+        raise ValueError(f"this cache (method={cache.config.method!r}) stores no scores to prune by; fill it with "
+                         "method='kvzip' (retain=True keeps every row and its score)")
+    out = cache.fork()
+    out.config = cache.config.replace(ratio=ratio, budget=budget, retain=False)
+    batch = len(out.prompt_tokens)
+    requests = out.requests([1] * batch, [True] * batch)
+    nothing = torch.zeros(batch, 0, dtype=torch.long)
+    due = out.exceeding(requests, [0] * batch)
+    step = Step([0] * batch, nothing, (nothing, nothing), out.limits(requests), requests, due, prompt=True)
+    compact_scored(out, step)
+    settle(out, step)
+    if step.compacted:
+        out.compactions += 1
+        out.tail = out.tail[:, :0]
+    return out
