@@ -25,6 +25,10 @@ class _Default(int):
     """An integer default that a method may replace by its own; an explicit equal value is not one."""
 
 
+class _DefaultName(str):
+    """The same for a name."""
+
+
 @dataclasses.dataclass(frozen=True, init=False)
 class CompressionConfig:
     """What to compress, how, and to how much.
@@ -72,7 +76,7 @@ class CompressionConfig:
         window_size: int = _Default(32),
         chunk_size: int | str | None = None,
         decode_interval: int = _Default(128),
-        head_budgets: str | Mapping[str, Any] = "uniform",
+        head_budgets: str | Mapping[str, Any] = _DefaultName("uniform"),  # noqa: B008
         layer_budgets: str | Mapping[str, Any] = "uniform",
         position_policy: str | None = None,
         backend: str = "auto",
@@ -81,14 +85,14 @@ class CompressionConfig:
         values = {k: v for k, v in locals().items() if k in _FIELDS}
         values["options"] = _make_method(method, method_options)
         for name, default in values["options"].defaults().items():
-            if values[name] is None or isinstance(values[name], _Default):
+            if values[name] is None or isinstance(values[name], (_Default, _DefaultName)):
                 values[name] = default
         if budget is None and ratio is None and values["budget"] is None:
             values["budget"] = DEFAULT_BUDGET
         if ratio is not None and budget is None:
             values["budget"] = None
         for name, value in values.items():
-            object.__setattr__(self, name, int(value) if isinstance(value, _Default) else value)
+            object.__setattr__(self, name, _plain(value))
         self._validate()
 
     def _validate(self) -> None:
@@ -151,8 +155,12 @@ class CompressionConfig:
         return f"method={self.method}, {size}, backend={self.backend}"
 
     def replace(self, **overrides: Any) -> CompressionConfig:
-        """A copy with some settings changed; giving a budget drops the ratio, and the other way round."""
-        base = self.to_dict()
+        """A copy with some settings changed; giving a budget drops the ratio, and the other way round.
+
+        Settings that stand where the method put them follow the method's changed options.
+        """
+        own = self.options.defaults()
+        base = {k: v for k, v in self.to_dict().items() if k not in own or v != own[k]}
         if "method" in overrides and overrides["method"] != self.method:
             base = {k: v for k, v in base.items() if k in _FIELDS}
         for name, other in (("budget", "ratio"), ("ratio", "budget")):
@@ -186,6 +194,11 @@ class CompressionConfig:
 _FIELDS = frozenset(f.name for f in dataclasses.fields(CompressionConfig)) - {"options"}
 
 
+def _plain(value: Any) -> Any:
+    """A setting without the mark that says that nobody gave it."""
+    return {_Default: int, _DefaultName: str}.get(type(value), lambda x: x)(value)
+
+
 def _check_splits(config: CompressionConfig, heads: HeadBudgets, layers: LayerBudgets) -> None:
     """Splits need a method that judges rows, and one of them must decide over the heads."""
     uneven = {"head_budgets": type(heads) is not HeadBudgets, "layer_budgets": type(layers) is not LayerBudgets}
@@ -196,6 +209,15 @@ def _check_splits(config: CompressionConfig, heads: HeadBudgets, layers: LayerBu
     if layers.joint and uneven["head_budgets"]:
         raise ValueError(f"layer_budgets={config.layer_budgets!r} splits over heads too; head_budgets must be "
                          f"'uniform', found {config.head_budgets!r}")
+    if heads.fixed and (layers.deferred or heads.spans_layers and uneven["layer_budgets"]):
+        raise ValueError(f"head_budgets={_kind(config.head_budgets)!r} knows every head's rows beforehand; "
+                         f"layer_budgets must be 'uniform', found {_kind(config.layer_budgets)!r}")
+    heads.check(config)
+
+
+def _kind(setting: str | Mapping[str, Any]) -> Any:
+    """The name of a split: its other settings may be long tables."""
+    return setting if isinstance(setting, str) else setting.get("kind")
 
 
 def _check_count(name: str, value: Any, *, minimum: int) -> None:
