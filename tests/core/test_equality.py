@@ -2,26 +2,39 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, assert_close, assert_same_rows, left_padded, prompt, tiny_model
+from tiny_models import (
+    FAMILIES,
+    HEAD_SCORES,
+    assert_close,
+    assert_same_rows,
+    head_scores,
+    left_padded,
+    prompt,
+    tiny_model,
+)
 
 import asymkv
 from asymkv.methods import METHODS
 
 # Variants of a method whose contracts are checked beside its defaults.
 VARIANTS = {
-    **{name: {"method": name} for name in METHODS},
+    **{name: {"method": name, **head_scores(cls)} for name, cls in METHODS.items()},
     "asymkv-loss": {"method": "asymkv", "curvature": "loss"},
     "asymkv-output": {"method": "asymkv", "curvature": "output"},
     "asymkv-error": {"method": "asymkv", "key_weights": "output_error", "pair_rule": "output_error"},
     "asymkv-upstream": {"method": "asymkv", "upstream_compat": True, "sink_size": 4},
     "streaming-original": {"method": "streaming_llm", "position_policy": "original"},
     "h2o-mean": {"method": "h2o", "normalize": True},
+    "razor-window": {"method": "razor", "head_scores": HEAD_SCORES, "window_size": 8},
+    "razor-unbiased": {"method": "razor", "head_scores": HEAD_SCORES, "count_bias": False, "mean_after_rope": False},
+    "duo-half": {"method": "duo_attention", "head_scores": HEAD_SCORES, "sparsity": 0.5, "window_size": 8},
+    "uncomp-avg": {"method": "uncomp", "head_scores": HEAD_SCORES, "groups": 3, "pooling": "avg", "kernel_size": 5},
 }
 COMPRESSING = [v for v in VARIANTS if v != "full"]
 
 
 def chunked(variant: str, size: int) -> dict:
-    return {} if variant == "full" else {"chunk_size": size}
+    return {} if METHODS[VARIANTS[variant]["method"]].chunk_size is None else {"chunk_size": size}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
