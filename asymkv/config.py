@@ -157,12 +157,14 @@ class CompressionConfig:
     def replace(self, **overrides: Any) -> CompressionConfig:
         """A copy with some settings changed; giving a budget drops the ratio, and the other way round.
 
-        Settings that stand where the method put them follow the method's changed options.
+        Settings that stand where the method put them follow its changed options; those that stand at the general
+        default follow a changed method.
         """
         own = self.options.defaults()
         base = {k: v for k, v in self.to_dict().items() if k not in own or v != own[k]}
         if "method" in overrides and overrides["method"] != self.method:
-            base = {k: v for k, v in base.items() if k in _FIELDS}
+            general = inspect.signature(CompressionConfig).parameters
+            base = {k: v for k, v in base.items() if k in _FIELDS and v != general[k].default}
         for name, other in (("budget", "ratio"), ("ratio", "budget")):
             if overrides.get(name) is not None:
                 base[other] = None

@@ -115,12 +115,17 @@ class BudgetLedger:
         seen = (self.layers[0].tokens or [0] * (row + 1))[row] + count
         return max(seen, self.prompt_until[row]) if self.prompt_until else seen
 
-    def limits(self, requests: list[Request | None]) -> list[list[Rows | None]]:
-        """Rows per head of every layer, for each row of the batch; None: no limit."""
+    def limits(self, requests: list[Request | None], counts: list[int]) -> list[list[Rows | None]]:
+        """Rows per head of every layer, for each row of the batch, ``counts`` tokens added; None: no limit."""
         split, layers = self.config.layer_split, len(self.layers)
-        table: list[list[Rows | None]] = [
-            [None] * layers if r is None else [*self.head_split.rows(r, split.rows(r, layers))] for r in requests
-        ]
+        table: list[list[Rows | None]] = []
+        for row, (request, count) in enumerate(zip(requests, counts, strict=True)):
+            if request is None:
+                table.append([None] * layers)
+                continue
+            held = [layer.heads_of(row) if layer.is_initialized else [0] * self.shape.kv_heads for layer in self.layers]
+            added = [[n + count for n in heads] for heads in held]
+            table.append([*self.head_split.rows(request, split.rows(request, layers), added)])
         return [list(column) for column in zip(*table, strict=True)] if table else [[] for _ in range(layers)]
 
     def exceeding(self, requests: list[Request | None], counts: list[int]) -> list[bool]:

@@ -87,8 +87,14 @@ class HeadBudgets:
         """
         return self
 
-    def rows(self, request: Request, layers: list[int]) -> list[Rows]:
-        """Rows of the heads of every layer, from the rows per head that each layer is given."""
+    def rows(self, request: Request, layers: list[int], held: list[list[int]]) -> list[Rows]:
+        """Rows of the heads of every layer.
+
+        Args:
+            request: what is asked for.
+            layers: rows per head that each layer is given.
+            held: rows of each head of each layer by now, ``[L][H_kv]``.
+        """
         return list(layers)
 
     def choose(self, judged: Judged) -> Tensor:

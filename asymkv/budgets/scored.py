@@ -55,15 +55,15 @@ class ScoredHeads(HeadBudgets):
         """``[L, H_kv]``: what heads are compared by."""
         return found[self.kinds[0]]
 
-    def rows(self, request: Request, layers: list[int]) -> list[Rows]:
-        """Rows of each head of each layer."""
+    def rows(self, request: Request, layers: list[int], held: list[list[int]]) -> list[Rows]:
+        """Rows of each head of each layer; no head is given more than it holds, others get them."""
         if self.table is None:
             raise ValueError("head scores belong to a model: make the cache with CompressedCache.for_model")
-        kept = self.share_out(self.table, request, torch.tensor(layers))
+        kept = self.share_out(self.table, request, torch.tensor(layers), torch.tensor(held))
         return [tuple(row) for row in kept.tolist()]
 
-    def share_out(self, table: Tensor, request: Request, layers: Tensor) -> Tensor:
-        """``[L, H_kv]`` int64 rows, from the scores and the rows per head of each layer ``[L]``."""
+    def share_out(self, table: Tensor, request: Request, layers: Tensor, held: Tensor) -> Tensor:
+        """``[L, H_kv]`` int64 rows, from the scores, the rows per head of each layer ``[L]``, and those held."""
         raise TypeError(f"{type(self).__name__} does not say how heads share")
 
 
@@ -84,13 +84,13 @@ class HeadKV(ScoredHeads):
     def __post_init__(self) -> None:
         check_at_least("beta of head_budgets='headkv'", self.beta, 1)
 
-    def share_out(self, table: Tensor, request: Request, layers: Tensor) -> Tensor:
+    def share_out(self, table: Tensor, request: Request, layers: Tensor, held: Tensor) -> Tensor:
         if bool((table < 0).any()):
             raise ValueError(f"head scores that share a pool must be >= 0; found {table.min().item():.3g}")
         mean = request.rows - request.protected
         share = table / table.sum() if bool(table.sum() > 0) else torch.full_like(table, 1 / table.numel())
         wanted = mean - mean / self.beta + mean / self.beta * table.numel() * share
-        kept = _within(wanted.flatten(), mean * table.numel(), 1, request.longest - request.protected)
+        kept = _within(wanted.flatten(), mean * table.numel(), 1, held.flatten() - request.protected)
         return request.protected + kept.view(table.shape)
 
 
@@ -120,13 +120,13 @@ class Entropy(ScoredHeads):
             raise ValueError(f"budget={config.budget} gives the heads of lowest entropy {config.budget * 2 // 3} rows; "
                              f"needed: at least sink_size + window_size + 1 = {config.minimum_rows}")
 
-    def share_out(self, table: Tensor, request: Request, layers: Tensor) -> Tensor:
+    def share_out(self, table: Tensor, request: Request, layers: Tensor, held: Tensor) -> Tensor:
         heads = table.shape[1]
         rank = table.argsort(dim=1, stable=True).argsort(dim=1)
         group = rank * self.groups // heads
         wanted = (2 / 3 + 2 / 3 * group / (self.groups - 1)) * layers[:, None]
-        least, most = request.protected + 1, request.longest
-        return torch.stack([_within(wanted[i], n * heads, least, most) for i, n in enumerate(layers.tolist())])
+        least = request.protected + 1
+        return torch.stack([_within(wanted[i], n * heads, least, held[i]) for i, n in enumerate(layers.tolist())])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +134,9 @@ class Retrieval(ScoredHeads):
     """Retrieval heads keep every row; the others keep sinks and the newest (RazorAttention, DuoAttention).
 
     The rows of the whole cache obey the budget: as many of the best heads are full as fit while the others keep sinks,
-    window and one row, or no more than ``share``; what is left is the others' recent window, evenly. A head that has
-    lost rows once stays short of what it may hold. With ``recent`` the rows are those of a published rule instead, and
-    the budget is not asked.
+    window and one row, or no more than ``share``; what is left is the others' recent window, evenly. As tokens come in,
+    fewer heads fit; one that does not fit any more keeps what the others cannot fill. With ``recent`` the rows are
+    those of a published rule instead, and the budget is not asked.
 
     Args:
         share: share of all heads of the model that are full at most; None = as many as fit.
@@ -183,9 +183,10 @@ class Retrieval(ScoredHeads):
         induction = found["induction"]
         if not self.echo:
             return induction
-        lists = [_rank(induction) / (INDUCTION_SHARE / (INDUCTION_SHARE + ECHO_SHARE))]
+        both = INDUCTION_SHARE + ECHO_SHARE
+        lists = [_rank(induction).double() * both / INDUCTION_SHARE]
         if "echo" in found:
-            lists.append(_rank(found["echo"]) / (ECHO_SHARE / (INDUCTION_SHARE + ECHO_SHARE)))
+            lists.append(_rank(found["echo"]).double() * both / ECHO_SHARE)
         return -torch.stack(lists).amin(0)
 
     def full_heads(self, table: Tensor) -> int:
@@ -194,11 +195,12 @@ class Retrieval(ScoredHeads):
         if self.share is None:
             return heads
         if self.echo:
-            return int((-table < heads * self.share).sum())
+            return int((-table < heads * self.share - 1e-6).sum())
         return math.floor(heads * self.share + 0.5)
 
-    def share_out(self, table: Tensor, request: Request, layers: Tensor) -> Tensor:
+    def share_out(self, table: Tensor, request: Request, layers: Tensor, held: Tensor) -> Tensor:
         heads, longest, count = table.numel(), request.longest, self.full_heads(table)
+        rank = _rank(table).flatten()
         if self.recent is not None:
             newest = max(self.recent, int(longest // self.divisor) if self.divisor else 0)
             other = torch.full((heads - count,), request.sink_size + newest + self.extra)
@@ -206,9 +208,10 @@ class Retrieval(ScoredHeads):
             least = request.protected + 1
             if longest > least:
                 count = min(count, heads * (request.rows - least) // (longest - least))
-            other = _within(torch.ones(heads - count), heads * request.rows - count * longest, least, longest)
+            most = held.flatten()[rank >= count]
+            other = _within(torch.ones(heads - count), heads * request.rows - count * longest, least, most)
         kept = torch.full((heads,), longest)
-        kept[_rank(table).flatten() >= count] = other
+        kept[rank >= count] = other
         return kept.view(table.shape)
 
 
@@ -221,9 +224,9 @@ def _rank(table: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).view(table.shape)
 
 
-def _within(wanted: Tensor, total: int, least: int, most: int) -> Tensor:
-    """Whole numbers near ``wanted [N]`` that sum to ``total``, at most ``most``, at least ``least`` if that allows."""
+def _within(wanted: Tensor, total: int, least: int, most: Tensor) -> Tensor:
+    """Whole numbers near ``wanted [N]`` that sum to ``total``; ``most [N]`` binds, and after it ``least``."""
     if not len(wanted):
         return wanted.long()
-    top = torch.full((1, len(wanted)), max(most, 0))
+    top = most.clamp(min=0)[None]
     return apportion(wanted[None], torch.tensor([total]), top.clamp(max=least), top)[0]
