@@ -197,8 +197,10 @@ _FIELDS = frozenset(f.name for f in dataclasses.fields(CompressionConfig)) - {"o
 
 
 def _plain(value: Any) -> Any:
-    """A setting without the mark that says that nobody gave it."""
-    return {_Default: int, _DefaultName: str}.get(type(value), lambda x: x)(value)
+    """A setting without the mark that says that nobody gave it; paths as text."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return {_Default: int, _DefaultName: str}.get(type(value), str if isinstance(value, Path) else lambda x: x)(value)
 
 
 def _check_splits(config: CompressionConfig, heads: HeadBudgets, layers: LayerBudgets) -> None:

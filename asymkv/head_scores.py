@@ -109,6 +109,17 @@ def load(path: str | Path, model: PreTrainedModel | None = None) -> HeadScores:
     return scores
 
 
+def plain_source(source: Any) -> Any:
+    """A source without paths, tensors and tuples: text, lists and dicts that json and yaml hold."""
+    if isinstance(source, Mapping):
+        return {kind: plain_source(each) for kind, each in source.items()}
+    if isinstance(source, Path):
+        return str(source)
+    if isinstance(source, Tensor):
+        return source.tolist()
+    return [plain_source(each) for each in source] if isinstance(source, (list, tuple)) else source
+
+
 def resolve(source: ScoreSource, model: PreTrainedModel, kinds: Sequence[str], option: str) -> dict[str, Tensor]:
     """The score tables of a model, by kind.
 
@@ -154,16 +165,17 @@ def _table(source: ScoreSource, model: PreTrainedModel, kind: str, option: str) 
     layers = model.config.num_hidden_layers
     heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
     if not isinstance(source, (str, Path)):
-        check_table(source, layers, heads, option)
-        return torch.tensor(source, dtype=torch.double)
+        table = plain_source(source)
+        check_table(table, layers, heads, option)
+        return torch.tensor(table, dtype=torch.double)
     if not Path(source).is_dir():
         found = load(source, model)
         if "entropy" in (kind, found.kind) and kind != found.kind:
             raise ValueError(f"{source} holds {found.kind} scores; {option} needs {kind} scores")
         return found.table
-    table = read_pattern(source)[0]
-    check_table(table.tolist(), layers, heads, f"{option} in {source}")
-    return table
+    pattern = read_pattern(source)[0]
+    check_table(pattern.tolist(), layers, heads, f"{option} in {source}")
+    return pattern
 
 
 def check_table(table: Any, layers: int, heads: int, name: str) -> None:

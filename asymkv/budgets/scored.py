@@ -84,9 +84,14 @@ class HeadKV(ScoredHeads):
     def __post_init__(self) -> None:
         check_at_least("beta of head_budgets='headkv'", self.beta, 1)
 
-    def share_out(self, table: Tensor, request: Request, layers: Tensor, held: Tensor) -> Tensor:
+    def combine(self, found: dict[str, Tensor]) -> Tensor:
+        """The score, which must not be negative."""
+        table = super().combine(found)
         if bool((table < 0).any()):
             raise ValueError(f"head scores that share a pool must be >= 0; found {table.min().item():.3g}")
+        return table
+
+    def share_out(self, table: Tensor, request: Request, layers: Tensor, held: Tensor) -> Tensor:
         mean = request.rows - request.protected
         share = table / table.sum() if bool(table.sum() > 0) else torch.full_like(table, 1 / table.numel())
         wanted = mean - mean / self.beta + mean / self.beta * table.numel() * share

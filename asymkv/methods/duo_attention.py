@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from asymkv.budgets.split import check_share
-from asymkv.methods.base import Method
+from asymkv.methods.scored import HeadScored
 from asymkv.view import RowView
 
 
 @dataclasses.dataclass(frozen=True)
-class DuoAttention(Method):
+class DuoAttention(HeadScored):
     """Retrieval heads keep everything, streaming heads sinks and the newest rows; positions stay.
 
     By default the rows obey the budget: as many heads as fit are kept whole, the rest is the others' recent window.
@@ -29,7 +29,6 @@ class DuoAttention(Method):
 
     title: ClassVar[str] = "DuoAttention, arXiv 2410.10819"
 
-    head_scores: Any = None
     sparsity: float | None = None
     recent_size: int | None = None
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from asymkv.methods.base import Method
+from asymkv.methods.scored import HeadScored
 from asymkv.observations import attention_mass
 from asymkv.view import RowView
 
@@ -20,7 +20,7 @@ POOLINGS = ("max", "avg")
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadKV(Method):
+class HeadKV(HeadScored):
     """Keeps what the last queries of the prompt attend to, pooled over neighbours; retrieval heads keep more rows.
 
     Args:
@@ -34,7 +34,6 @@ class HeadKV(Method):
     title: ClassVar[str] = "HeadKV, arXiv 2410.19258"
     chunk_size: ClassVar[int | None] = None
 
-    head_scores: Any = None
     beta: float = 1.2
     kernel_size: int = 7
     pooling: str = "max"

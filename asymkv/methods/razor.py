@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from asymkv.methods.base import Method
+from asymkv.methods.scored import HeadScored
 from asymkv.plan import CompactionPlan, keep_rows
 from asymkv.view import RowView
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Razor(Method):
+class Razor(HeadScored):
     """Retrieval heads keep everything; other heads sinks, the newest rows, and the mean of all they dropped as one row.
 
     The compensation row is the mean key and value of the dropped tokens and counts as that many in attention; later
@@ -38,7 +38,6 @@ class Razor(Method):
 
     title: ClassVar[str] = "RazorAttention, arXiv 2407.15891"
 
-    head_scores: Any = None
     retrieval_share: float | None = None
     least_recent: int | None = None
     recent_divisor: float | None = None

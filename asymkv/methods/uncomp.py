@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from asymkv.methods.base import Method
 from asymkv.methods.headkv import check_window, window_scores
+from asymkv.methods.scored import HeadScored
 from asymkv.view import RowView
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class UNComp(Method):
+class UNComp(HeadScored):
     """Keeps what the last queries of the prompt attend to; heads whose queries have a high matrix entropy keep more.
 
     The paper's stages of hidden states are not part of it: layers see every token.
@@ -32,7 +32,6 @@ class UNComp(Method):
     title: ClassVar[str] = "UNComp, arXiv 2410.03090"
     chunk_size: ClassVar[int | None] = None
 
-    head_scores: Any = None
     groups: int = 2
     kernel_size: int = 7
     pooling: str = "max"

@@ -104,6 +104,18 @@ def test_entropies_are_no_retrieval_scores():
         head_scores.resolve(path, model, ("induction",), "head_scores")
 
 
+def test_settings_hold_plain_values(tmp_path):
+    """Paths and tensors (what a method measured) can be given, and the settings still go through json."""
+    config = asymkv.CompressionConfig("headkv", head_scores=TABLE)
+    assert config.options.head_scores == HEAD_SCORES == config.head_budgets["file"]
+    scores = {"induction": tmp_path / "a.json", "echo": (tuple(HEAD_SCORES[0]), tuple(HEAD_SCORES[1]))}
+    config = asymkv.CompressionConfig("razor", head_scores=scores)
+    assert config.options.head_scores == {"induction": str(tmp_path / "a.json"), "echo": HEAD_SCORES}
+    direct = asymkv.CompressionConfig("h2o", head_budgets={"kind": "headkv", "file": tmp_path / "a.json"})
+    for each in (config, direct):
+        assert asymkv.CompressionConfig(**json.loads(json.dumps(each.to_dict()))) == each
+
+
 def test_unknown_kind():
     with pytest.raises(ValueError, match="unknown kind of head scores 'luck'; allowed.*induction"):
         make(tiny_model(), "luck")

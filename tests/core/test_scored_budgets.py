@@ -109,7 +109,7 @@ def test_scores_must_be_there_and_fit():
     with pytest.raises(ValueError, match="CompressedCache.for_model"):
         HeadKV().rows(Request(40, 100, None, 4, 8), [40], [[50]])
     with pytest.raises(ValueError, match=">= 0; found -1"):
-        rows(HeadKV(), [[1.0, -1.0]], Request(40, 100, None, 4, 8))
+        HeadKV([[1.0, -1.0], [0.0, 0.0]]).prepare(tiny_model())
 
 
 def test_replace_follows_the_methods_options():
