@@ -131,7 +131,7 @@ def is_due(cache: CompressedCache, layer: CompressedLayer, step: Step) -> bool:
         return False
     if cache.deferred:
         return any(step.due)
-    return any(layer.exceeding(step.limits[layer.index], ragged=cache.config.head_split.ragged))
+    return any(layer.exceeding(step.limits[layer.index], ragged=cache.head_split.ragged))
 
 
 def _make_room(cache: CompressedCache, layer: CompressedLayer, step: Step, scale: float) -> None:
@@ -157,7 +157,7 @@ def compact_due(cache: CompressedCache, layer: CompressedLayer, step: Step, seen
         cost, free = method.judge(layer.with_budget(view, step.limits[layer.index]))
         layer.judgement = Judgement(cost, free, view.evidence, scale)
         return
-    layer.compact(method, view, step.limits[layer.index], cache.config.head_split)
+    layer.compact(method, view, step.limits[layer.index], cache.head_split)
     cache.measure(layer)
     step.compacted = True
 
@@ -179,7 +179,7 @@ def settle(cache: CompressedCache, step: Step) -> None:
         views.append(view)
     config = cache.config
     requests = [r if due else None for r, due in zip(step.requests, step.due, strict=True)]
-    chosen = config.layer_split.split(judged, requests, config.head_split)
+    chosen = config.layer_split.split(judged, requests, cache.head_split)
     for layer, view, units in zip(cache.layers, views, chosen, strict=True):
         layer.carry_out(config.options.carry_out(view, units.to(view.valid.device)), view)
         cache.measure(layer)

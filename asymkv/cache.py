@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from asymkv.budgets import CacheShape
+from asymkv.budgets.heads import Rows
 from asymkv.budgets.layers import Request
 from asymkv.config import CompressionConfig
 from asymkv.layer import CompressedLayer
@@ -38,7 +39,7 @@ class Step:
         counts: tokens per row of the batch.
         positions: ``[B, t]`` own-token positions (past the end: those that would follow).
         tables: ``cos, sin``, ``[B, t, D]``.
-        limits: rows per head to compact each layer to, per row of the batch; None = no compaction.
+        limits: rows per head, or of each head, to compact each layer to, per row of the batch; None = no compaction.
         requests: what the limits come from.
         due: per row of the batch, whether layers must judge their rows for a compaction after the forward.
         prompt: whether this is a prefill chunk (else one decode token per row).
@@ -52,7 +53,7 @@ class Step:
     counts: list[int]
     positions: Tensor
     tables: tuple[Tensor, Tensor]
-    limits: list[list[int | None]]
+    limits: list[list[Rows | None]]
     requests: list[Request | None]
     due: list[bool]
     prompt: bool
@@ -108,6 +109,7 @@ class CompressedCache(BudgetLedger, Cache):
         policy = config.positions
         super().__init__(layers=[CompressedLayer(i, policy) for i in range(num_layers)])
         self.config = config
+        self.head_split = config.head_split
         self.rope = rope
         self.shape = CacheShape(
             num_layers,
@@ -131,7 +133,7 @@ class CompressedCache(BudgetLedger, Cache):
         """An empty cache for a causal LM.
 
         Raises:
-            ValueError: for a model that a compressed cache cannot serve.
+            ValueError: for a model that a compressed cache cannot serve, or whose head scores are missing.
         """
         adapter = get_adapter(model.config.model_type)
         adapter.check(model.config)
@@ -147,6 +149,7 @@ class CompressedCache(BudgetLedger, Cache):
             dtype=model.dtype,
             rope=Rope(rotary),
         )
+        cache.head_split = config.head_split.prepare(model)
         cache._model = weakref.ref(model)
         return cache
 

@@ -96,9 +96,7 @@ class CompressionConfig:
         if ratio is not None and budget is None:
             values["budget"] = None
         for name, value in values.items():
-            if isinstance(value, (_Default, _DefaultName)):
-                value = int(value) if isinstance(value, _Default) else str(value)
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, _plain(value))
         self._validate()
 
     def _validate(self) -> None:
@@ -199,6 +197,20 @@ class CompressionConfig:
 _FIELDS = frozenset(f.name for f in dataclasses.fields(CompressionConfig)) - {"options"}
 
 
+def _plain(value: Any) -> Any:
+    """A setting without the mark that says that nobody gave it; paths as text."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return {_Default: int, _DefaultName: str}.get(type(value), str if isinstance(value, Path) else lambda x: x)(value)
+
+
+def _plain(value: Any) -> Any:
+    """A setting without the mark that says that nobody gave it; paths as text."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return {_Default: int, _DefaultName: str}.get(type(value), str if isinstance(value, Path) else lambda x: x)(value)
+
+
 def _check_splits(config: CompressionConfig, heads: HeadBudgets, layers: LayerBudgets) -> None:
     """Splits need a method that judges rows, and one of them must decide over the heads."""
     uneven = {"head_budgets": type(heads) is not HeadBudgets, "layer_budgets": type(layers) is not LayerBudgets}
@@ -209,6 +221,15 @@ def _check_splits(config: CompressionConfig, heads: HeadBudgets, layers: LayerBu
     if layers.joint and uneven["head_budgets"]:
         raise ValueError(f"layer_budgets={config.layer_budgets!r} splits over heads too; head_budgets must be "
                          f"'uniform', found {config.head_budgets!r}")
+    if heads.fixed and (layers.deferred or heads.spans_layers and uneven["layer_budgets"]):
+        raise ValueError(f"head_budgets={_kind(config.head_budgets)!r} knows every head's rows beforehand; "
+                         f"layer_budgets must be 'uniform', found {_kind(config.layer_budgets)!r}")
+    heads.check(config)
+
+
+def _kind(setting: str | Mapping[str, Any]) -> Any:
+    """The name of a split: its other settings may be long tables."""
+    return setting if isinstance(setting, str) else setting.get("kind")
 
 
 def _make_method(name: str, options: dict[str, Any]) -> Method:

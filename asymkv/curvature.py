@@ -39,7 +39,7 @@ def loss_chunk(
         ids: ``[B, t or t + 1]`` the chunk's tokens and, where there is one, the token after it.
         following: tokens of each row from the chunk's first on.
     """
-    ragged = cache.config.head_split.ragged
+    ragged = cache.head_split.ragged
     each = [x.exceeding(step.limits[x.index], step.counts, ragged=ragged) for x in cache.layers]
     due = step.due if cache.deferred else [any(flags) for flags in zip(*each, strict=True)]
     if not any(due):
@@ -103,7 +103,7 @@ def _compact_judged(
     mass = attention_mass(entry.view, per_query_head=True)[..., :past]
     view.evidence["attention_sum"] = mass / view.cardinality[:, :, None]
     view.evidence["key_grad"] = cache.rope.rotate(gradient, -view.rotary_positions).to(view.keys.dtype)
-    layer.compact(cache.config.options, view, step.limits[layer.index], cache.config.head_split)
+    layer.compact(cache.config.options, view, step.limits[layer.index], cache.head_split)
     cache.measure(layer)
 
 

@@ -18,7 +18,7 @@ from asymkv.storage import ROW_COLUMNS, RaggedStorage
 from asymkv.view import RowView
 
 if TYPE_CHECKING:
-    from asymkv.budgets import HeadBudgets
+    from asymkv.budgets.heads import HeadBudgets, Rows
     from asymkv.methods.base import Method
 
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -193,23 +193,32 @@ class CompressedLayer(LayerBase):
         """Rows per KV head, the mean over a row's heads, of the row of the batch that has the most; rounded up."""
         return max(-(-sum(held) // len(held)) for held in map(self.heads_of, range(self.batch)))
 
-    def exceeding(self, limit: list[int | None], new: list[int] | None = None, *, ragged: bool = False) -> list[bool]:
+    def exceeding(self, limit: list[Rows | None], new: list[int] | None = None, *, ragged: bool = False) -> list[bool]:
         """Per row of the batch: whether a head holds more than its limit (None = no limit), ``new`` tokens added.
 
-        Where heads are ``ragged``, the limit is one for their mean.
+        Where heads are ``ragged``, one number is a limit for their mean.
         """
         added = new or [0] * len(limit)
-        held = [self.heads_of(row) for row in range(len(limit))]
-        most = [sum(h) / len(h) if ragged else max(h) for h in held]
-        return [n is not None and m + a > n for n, m, a in zip(limit, most, added, strict=True)]
+        return [self._exceeds(row, n, a, ragged) for row, (n, a) in enumerate(zip(limit, added, strict=True))]
 
-    def with_budget(self, view: RowView, limit: list[int | None]) -> RowView:
+    def _exceeds(self, row: int, limit: Rows | None, added: int, ragged: bool) -> bool:
+        if limit is None:
+            return False
+        held = self.heads_of(row)
+        if isinstance(limit, int):
+            return (sum(held) / len(held) if ragged else max(held)) + added > limit
+        held = held if len(held) == len(limit) else [0] * len(limit)  # nothing stored yet
+        return any(h + added > n for h, n in zip(held, limit, strict=True))
+
+    def with_budget(self, view: RowView, limit: list[Rows | None]) -> RowView:
         """Sets the view's budget: the limit, or the rows that there are where a row of the batch has none."""
-        rows = torch.tensor([-1 if n is None else n for n in limit], device=view.lengths.device)[:, None]
+        heads = view.lengths.shape[1]
+        wide = [n if isinstance(n, tuple) else (-1 if n is None else n,) * heads for n in limit]
+        rows = torch.tensor(wide, device=view.lengths.device)
         view.budget = torch.where(rows < 0, view.lengths, rows)
         return view
 
-    def compact(self, method: Method, view: RowView, limit: list[int | None], heads: HeadBudgets) -> None:
+    def compact(self, method: Method, view: RowView, limit: list[Rows | None], heads: HeadBudgets) -> None:
         """Brings the heads of the rows that have a limit down to it, as the method and the split over heads decide."""
         self.carry_out(method.plan(self.with_budget(view, limit), heads), view)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from asymkv.budgets.heads import HeadBudgets, Rows
 from asymkv.budgets.layers import Request
 from asymkv.budgets.rows import CacheShape, resolve_rows
 
@@ -19,6 +20,7 @@ class BudgetLedger:
     """Mixin of the cache: everything is counted in a row's own tokens, per row of the batch."""
 
     config: CompressionConfig
+    head_split: HeadBudgets
     shape: CacheShape
     layers: list[CompressedLayer]
 
@@ -105,13 +107,27 @@ class BudgetLedger:
                 self.pending[row] = 0
                 raised = config.ratio is not None and rows[row] > int(config.ratio * tokens[row]) + 1
                 ratio = None if raised else config.ratio
-                out[row] = Request(rows[row], tokens[row], ratio, config.sink_size, config.window_size)
+                out[row] = Request(
+                    rows[row], tokens[row], ratio, config.sink_size, config.window_size, self._seen_after(row, count)
+                )
         return out
 
-    def limits(self, requests: list[Request | None]) -> list[list[int | None]]:
-        """Rows per head of every layer, for each row of the batch; None: no limit."""
+    def _seen_after(self, row: int, count: int) -> int:
+        """Own tokens of a row once ``count`` more are in, and the rest of an announced prompt."""
+        seen = (self.layers[0].tokens or [0] * (row + 1))[row] + count
+        return max(seen, self.prompt_until[row]) if self.prompt_until else seen
+
+    def limits(self, requests: list[Request | None], counts: list[int]) -> list[list[Rows | None]]:
+        """Rows per head of every layer, for each row of the batch, ``counts`` tokens added; None: no limit."""
         split, layers = self.config.layer_split, len(self.layers)
-        table = [[None] * layers if r is None else split.rows(r, layers) for r in requests]
+        table: list[list[Rows | None]] = []
+        for row, (request, count) in enumerate(zip(requests, counts, strict=True)):
+            if request is None:
+                table.append([None] * layers)
+                continue
+            held = [layer.heads_of(row) if layer.is_initialized else [0] * self.shape.kv_heads for layer in self.layers]
+            added = [[n + count for n in heads] for heads in held]
+            table.append([*self.head_split.rows(request, split.rows(request, layers), added)])
         return [list(column) for column in zip(*table, strict=True)] if table else [[] for _ in range(layers)]
 
     def exceeding(self, requests: list[Request | None], counts: list[int]) -> list[bool]:

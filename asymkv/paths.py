@@ -1,11 +1,21 @@
-"""Where the shipped settings are: inside the installed package, or ``configs/`` of a checkout."""
+"""Where files are: shipped settings (in the package, or ``configs/`` of a checkout), and the user's cache folder."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
 _ROOTS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+CACHE_ENV = "ASYMKV_CACHE"
+
+
+def cache_dir() -> Path:
+    """Returns ``$ASYMKV_CACHE``, else ``$XDG_CACHE_HOME/asymkv``, else ``~/.cache/asymkv`` (created if absent)."""
+    explicit = os.environ.get(CACHE_ENV)
+    base = Path(explicit) if explicit else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "asymkv"
+    base.mkdir(parents=True, exist_ok=True)
+    return base
 
 
 def config_root() -> Path:

@@ -176,7 +176,8 @@ def _decode_all(
         cut = (tables[0][:, begin:end], tables[1][:, begin:end])
         requests = cache.requests(counts, prompt)
         due = cache.exceeding(requests, counts)
-        step = Step(counts, positions[:, begin:end], cut, cache.limits(requests), requests, due, prompt=any(prompt))
+        limits = cache.limits(requests, counts)
+        step = Step(counts, positions[:, begin:end], cut, limits, requests, due, prompt=any(prompt))
         step.hold = rebuild is not None and step.prompt
         out = _run_chunk(adapter, lm, cache, call, step, begin, end)
         if rebuild is not None and step.prompt:

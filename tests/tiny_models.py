@@ -13,6 +13,8 @@ FAMILIES = families()
 VOCAB = 128
 # What a method needs on a model without a tokenizer: the request to repeat, as token ids.
 OPTIONS = {"kvzip": {"repeat_ids": (5, 90, 17), "continue_ids": (5, 91), "suffix_ids": (33,), "replay_chunk": 70}}
+# One score per layer and KV head of a tiny model; the best head is not in layer 0.
+HEAD_SCORES = [[0.1, 0.2], [0.9, 0.3]]
 
 
 def tiny_config(family: str, **overrides):
@@ -45,6 +47,11 @@ def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = tor
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.to(dtype)
+
+
+def head_scores(method: type) -> dict:
+    """Scores inline, for a method that wants some."""
+    return {"head_scores": HEAD_SCORES} if "head_scores" in method.__dataclass_fields__ else {}
 
 
 def tiny_tokenizer():

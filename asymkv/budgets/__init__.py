@@ -1,6 +1,7 @@
 """How many rows may be kept, and how they are split over layers and heads."""
 
-from asymkv.budgets.heads import HEAD_BUDGETS, HeadBudgets
+from asymkv.budgets import heads
+from asymkv.budgets.heads import HeadBudgets
 from asymkv.budgets.layers import LAYER_BUDGETS, LayerBudgets
 from asymkv.budgets.rows import (
     SLACK_ROWS,
@@ -12,7 +13,10 @@ from asymkv.budgets.rows import (
     rows_for_bytes,
     validate_budget,
 )
+from asymkv.budgets.scored import SCORED_HEADS
 from asymkv.budgets.split import make_split
+
+HEAD_BUDGETS: dict[str, type[HeadBudgets]] = {**heads.HEAD_BUDGETS, **SCORED_HEADS}
 
 __all__ = [
     "HEAD_BUDGETS", "LAYER_BUDGETS", "SLACK_ROWS", "SLACK_SHARE", "CacheShape", "HeadBudgets", "LayerBudgets",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,7 +13,13 @@ from asymkv.budgets.split import apportion
 from asymkv.checks import check_choice, check_number
 from asymkv.view import lowest
 
+if TYPE_CHECKING:
+    from asymkv.budgets.layers import Request
+    from asymkv.config import CompressionConfig
+
 MODES = ("interpolated", "hard")
+# Rows of every head of a layer, or of each of its heads.
+Rows: TypeAlias = "int | tuple[int, ...]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +69,34 @@ class HeadBudgets:
 
     Class attributes:
         ragged: whether heads of a layer may hold different numbers of rows; the layer's budget is then their mean.
+        fixed: whether each head's rows are known before anything is judged (:meth:`rows` then gives them).
+        spans_layers: whether heads of different layers share, so that layers cannot be given budgets beside that.
     """
 
     ragged: ClassVar[bool] = False
+    fixed: ClassVar[bool] = False
+    spans_layers: ClassVar[bool] = False
+
+    def check(self, config: CompressionConfig) -> None:
+        """Raises ValueError for settings that this split cannot serve."""
+
+    def prepare(self, model: Any) -> HeadBudgets:
+        """This split with what it must know of a causal LM; called once per cache.
+
+        Raises:
+            ValueError: where that is missing or of another model.
+        """
+        return self
+
+    def rows(self, request: Request, layers: list[int], held: list[list[int]]) -> list[Rows]:
+        """Rows of the heads of every layer.
+
+        Args:
+            request: what is asked for.
+            layers: rows per head that each layer is given.
+            held: rows of each head of each layer by now, ``[L][H_kv]``.
+        """
+        return list(layers)
 
     def choose(self, judged: Judged) -> Tensor:
         """The units that each head gives up, ``[B, H_kv, U]`` bool."""

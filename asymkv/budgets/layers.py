@@ -28,6 +28,7 @@ class Request:
         ratio: share of them to keep, if that was asked for.
         sink_size: first rows that every head keeps.
         window_size: newest rows that every head keeps.
+        seen: own tokens that are in by now, generated ones included.
     """
 
     rows: int
@@ -35,10 +36,16 @@ class Request:
     ratio: float | None
     sink_size: int
     window_size: int
+    seen: int = 0
 
     @property
     def protected(self) -> int:
         return self.sink_size + self.window_size
+
+    @property
+    def longest(self) -> int:
+        """Rows of a head that loses none, once the prompt is in."""
+        return max(self.tokens, self.seen)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,18 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from asymkv.files import sha256, write_atomic
+from asymkv.paths import CACHE_ENV, cache_dir
 
-__all__ = ["cache_dir", "exclusive", "sha256", "staged_folder", "write_atomic"]
-
-CACHE_ENV = "ASYMKV_CACHE"
-
-
-def cache_dir() -> Path:
-    """Returns ``$ASYMKV_CACHE``, else ``$XDG_CACHE_HOME/asymkv``, else ``~/.cache/asymkv`` (created if absent)."""
-    explicit = os.environ.get(CACHE_ENV)
-    base = Path(explicit) if explicit else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "asymkv"
-    base.mkdir(parents=True, exist_ok=True)
-    return base
+__all__ = ["CACHE_ENV", "cache_dir", "exclusive", "sha256", "staged_folder", "write_atomic"]
 
 
 @contextlib.contextmanager

@@ -7,15 +7,19 @@ from asymkv.methods.base import Method
 from asymkv.methods.cam import CaM
 from asymkv.methods.composed import ChunkKV, CriticalKV
 from asymkv.methods.d2o import D2O
+from asymkv.methods.duo_attention import DuoAttention
 from asymkv.methods.expected_attention import ExpectedAttention
 from asymkv.methods.full import Full
 from asymkv.methods.h2o import H2O
+from asymkv.methods.headkv import HeadKV
 from asymkv.methods.keys import KeyDiff, Knorm
 from asymkv.methods.kvmerger import KVMerger
 from asymkv.methods.kvzip import KVzip
+from asymkv.methods.razor import Razor
 from asymkv.methods.snapkv import AdaKV, DynamicKV, PyramidKV, SnapKV
 from asymkv.methods.streaming_llm import StreamingLLM
 from asymkv.methods.tova import TOVA
+from asymkv.methods.uncomp import UNComp
 from asymkv.methods.value_merge import ValueMerge
 
 METHODS: dict[str, type[Method]] = {
@@ -26,18 +30,22 @@ METHODS: dict[str, type[Method]] = {
     "chunkkv": ChunkKV,
     "criticalkv": CriticalKV,
     "d2o": D2O,
+    "duo_attention": DuoAttention,
     "dynamic_kv": DynamicKV,
     "expected_attention": ExpectedAttention,
     "full": Full,
     "h2o": H2O,
+    "headkv": HeadKV,
     "keydiff": KeyDiff,
     "knorm": Knorm,
     "kvmerger": KVMerger,
     "kvzip": KVzip,
     "pyramidkv": PyramidKV,
+    "razor": Razor,
     "snapkv": SnapKV,
     "streaming_llm": StreamingLLM,
     "tova": TOVA,
+    "uncomp": UNComp,
     "value_merge": ValueMerge,
 }
 

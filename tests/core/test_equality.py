@@ -2,14 +2,24 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, OPTIONS, assert_close, assert_same_rows, left_padded, prompt, tiny_model
+from tiny_models import (
+    FAMILIES,
+    HEAD_SCORES,
+    OPTIONS,
+    assert_close,
+    assert_same_rows,
+    head_scores,
+    left_padded,
+    prompt,
+    tiny_model,
+)
 
 import asymkv
 from asymkv.methods import METHODS
 
 # Variants of a method whose contracts are checked beside its defaults.
 VARIANTS = {
-    **{name: {"method": name, **OPTIONS.get(name, {})} for name in METHODS},
+    **{name: {"method": name, **OPTIONS.get(name, {}), **head_scores(cls)} for name, cls in METHODS.items()},
     "asymkv-loss": {"method": "asymkv", "curvature": "loss"},
     "asymkv-output": {"method": "asymkv", "curvature": "output"},
     "asymkv-error": {"method": "asymkv", "key_weights": "output_error", "pair_rule": "output_error"},
@@ -38,6 +48,10 @@ VARIANTS = {
     "kvzip-uniform": {"method": "kvzip", "level": "pair_uniform", "plus": True, "prefix": 20, **OPTIONS["kvzip"]},
     "kvzip-head": {"method": "kvzip", "level": "head", **OPTIONS["kvzip"]},
     "kvzip-compact": {"method": "kvzip", "level": "layer", "position_policy": "compact", **OPTIONS["kvzip"]},
+    "razor-window": {"method": "razor", "head_scores": HEAD_SCORES, "window_size": 8},
+    "razor-unbiased": {"method": "razor", "head_scores": HEAD_SCORES, "count_bias": False, "mean_after_rope": False},
+    "duo-half": {"method": "duo_attention", "head_scores": HEAD_SCORES, "sparsity": 0.5, "window_size": 8},
+    "uncomp-avg": {"method": "uncomp", "head_scores": HEAD_SCORES, "groups": 3, "pooling": "avg", "kernel_size": 5},
 }
 COMPRESSING = [v for v in VARIANTS if v != "full"]
 

@@ -1,0 +1,95 @@
+"""Measures what methods need to know of a model's heads, once per model.
+
+    python scripts/find_retrieval_heads.py --model smollm2                       # induction and echo scores
+    python scripts/find_retrieval_heads.py --model smollm2 --block 256           # a minute on one CPU core
+    python scripts/find_retrieval_heads.py --model smollm2 --kind entropy --text-file report.txt
+
+Files go where ``razor``, ``duo_attention``, ``headkv`` and ``uncomp`` look for them (``$ASYMKV_CACHE`` or the user's
+cache folder), or into ``--out``. Retrieval scores need no data; entropies need a text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from asymkv.analysis.head_entropy import TOP, entropy_scores
+from asymkv.analysis.retrieval_heads import BLOCK, REPEATS, retrieval_scores
+from asymkv.budgets.scored import Retrieval
+from asymkv.head_scores import HeadScores, write_pattern
+from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="short name of configs/models.yaml, hub id or folder")
+    add("--kind", choices=("retrieval", "entropy"), default="retrieval", help="induction and echo scores, or entropies")
+    add("--out", type=Path, help="folder for <kind>.json instead of the user's cache folder")
+    add("--block", type=int, default=BLOCK, help="random tokens in a block; cut where the model's window is short")
+    add("--repeats", type=int, default=REPEATS, help="times that the block is read")
+    add("--seed", type=int, default=0, help="of the random tokens")
+    add("--text-file", type=Path, help="text for --kind entropy")
+    add("--tokens", type=int, default=2048, help="tokens of the text in one sample")
+    add("--samples", type=int, default=4, help="samples of the text at most")
+    add("--eigenvalues", type=int, default=TOP, help="largest eigenvalues that count")
+    add("--duo-pattern", type=Path, metavar="FOLDER", help="also write the induction scores as DuoAttention's pattern")
+    add("--share", type=float, default=0.15, help="heads to name at the end")
+    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    if (args.kind == "entropy") != (args.text_file is not None):
+        parser.error("--text-file goes with --kind entropy, which needs it")
+    if args.kind == "entropy" and args.duo_pattern is not None:
+        parser.error("--duo-pattern is written from retrieval scores")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    spec = resolve_spec(args.model, max_length=sys.maxsize, chat_template=False)
+    dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
+    model, tokenizer = load_model(spec, dtype=dtype, device=args.device), load_tokenizer(spec)
+    if args.kind == "retrieval":
+        with tqdm(total=model.config.num_hidden_layers, unit="layer", desc="induction, echo") as bar:
+            found = retrieval_scores(
+                model, block=args.block, repeats=args.repeats, seed=args.seed, special_ids=tokenizer.all_special_ids,
+                progress=lambda _: bar.update(),
+            )  # fmt: skip
+    else:
+        ids = tokenizer(args.text_file.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+        samples = [s for s in ids.split(args.tokens)[: args.samples] if len(s) >= min(args.tokens, len(ids))]
+        with tqdm(total=len(samples) * model.config.num_hidden_layers, unit="layer", desc="entropy") as bar:
+            found = {"entropy": entropy_scores(model, samples, top=args.eigenvalues, progress=lambda _: bar.update())}
+    for kind, scores in found.items():
+        print(f"{kind}: {scores.save(None if args.out is None else args.out / f'{kind}.json')}")
+    if args.duo_pattern is not None:
+        write_pattern(args.duo_pattern, found["induction"].table, sink_size=64, recent_size=256)
+    report(found, args.share)
+    return 0
+
+
+def report(found: dict[str, HeadScores], share: float) -> None:
+    """Prints the heads that stand out."""
+    if "entropy" in found:
+        table = found["entropy"].table
+        low, high = table.min().item(), table.max().item()
+        print(f"H_{found['entropy'].measured['top']} / ln d from {low:.3f} to {high:.3f}, mean {table.mean():.3f}")
+        return
+    split = Retrieval(share=share, echo=True)
+    order = split.combine({kind: scores.table for kind, scores in found.items()})
+    count, heads = split.full_heads(order), order.shape[1]
+    print(f"{count} of {order.numel()} KV heads, best first (layer.head induction echo):")
+    for index in order.flatten().argsort(descending=True, stable=True)[:count].tolist():
+        values = [scores.table.flatten()[index].item() for scores in found.values()]
+        print(f"  {index // heads}.{index % heads} " + " ".join(f"{v:.3f}" for v in values))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
