@@ -204,13 +204,6 @@ def _plain(value: Any) -> Any:
     return {_Default: int, _DefaultName: str}.get(type(value), str if isinstance(value, Path) else lambda x: x)(value)
 
 
-def _plain(value: Any) -> Any:
-    """A setting without the mark that says that nobody gave it; paths as text."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return {_Default: int, _DefaultName: str}.get(type(value), str if isinstance(value, Path) else lambda x: x)(value)
-
-
 def _check_splits(config: CompressionConfig, heads: HeadBudgets, layers: LayerBudgets) -> None:
     """Splits need a method that judges rows, and one of them must decide over the heads."""
     uneven = {"head_budgets": type(heads) is not HeadBudgets, "layer_budgets": type(layers) is not LayerBudgets}
