@@ -34,7 +34,7 @@ def model_of(model: PreTrainedModel) -> dict[str, Any]:
     """What a score file is bound to: family, layers, KV heads and weights; name and revision for the reader."""
     from asymkv.serialize import fingerprint
 
-    found = fingerprint(model)
+    found = fingerprint(model, any_dtype=True)
     heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
     named = {k: found[k] for k in ("model_type", "layers", "weights_sha256", "name", "revision")}
     return {**named, "kv_heads": heads}

@@ -28,13 +28,19 @@ _STATE = ("prompt_tokens", "expected_prompt", "prompt_until", "pending", "compac
           "dialogue")  # fmt: skip
 
 
-def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """What a cache is bound to: family, shape, name and revision, and a hash of some of the weights."""
+def fingerprint(model: PreTrainedModel, *, any_dtype: bool = False) -> dict[str, Any]:
+    """What a cache is bound to: family, shape, name and revision, and a hash of some of the weights.
+
+    Args:
+        model: the model.
+        any_dtype: hash the weights' signs, which a model keeps in whatever dtype it is loaded.
+    """
     attention = [m for m in model.modules() if isinstance(m, get_adapter(model.config.model_type).attention_class())]
     digest = hashlib.sha256()
     for layer in (attention[0], attention[-1]):
         weight: Tensor = layer.k_proj.weight  # type: ignore[union-attr, assignment]
-        digest.update(weight.detach().float().cpu().numpy().tobytes())
+        values = weight.detach().float()
+        digest.update((values.signbit() if any_dtype else values).cpu().numpy().tobytes())
     return {
         "model_type": model.config.model_type,
         "layers": model.config.num_hidden_layers,

@@ -3,9 +3,10 @@
     python scripts/find_retrieval_heads.py --model smollm2                       # induction and echo scores
     python scripts/find_retrieval_heads.py --model smollm2 --block 256           # a minute on one CPU core
     python scripts/find_retrieval_heads.py --model smollm2 --kind entropy --text-file report.txt
+    python scripts/find_retrieval_heads.py --model smollm2 --kind kvzip --text-file report.txt   # heads for reuse
 
 Files go where ``razor``, ``duo_attention``, ``headkv`` and ``uncomp`` look for them (``$ASYMKV_CACHE`` or the user's
-cache folder), or into ``--out``. Retrieval scores need no data; entropies need a text.
+cache folder), or into ``--out``. Retrieval scores need no data; entropies and KVzip's scores need a text.
 """
 
 from __future__ import annotations
@@ -14,27 +15,33 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from asymkv.analysis.head_entropy import TOP, entropy_scores
+from asymkv.analysis.kvzip_heads import kvzip_scores
 from asymkv.analysis.retrieval_heads import BLOCK, REPEATS, retrieval_scores
 from asymkv.budgets.scored import Retrieval
 from asymkv.head_scores import HeadScores, write_pattern
 from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
+
+TEXT_KINDS = ("entropy", "kvzip")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, help="short name of configs/models.yaml, hub id or folder")
-    add("--kind", choices=("retrieval", "entropy"), default="retrieval", help="induction and echo scores, or entropies")
+    add("--kind", choices=("retrieval", *TEXT_KINDS), default="retrieval",
+        help="induction and echo scores, entropies, or KVzip's best score of each head")
     add("--out", type=Path, help="folder for <kind>.json instead of the user's cache folder")
     add("--block", type=int, default=BLOCK, help="random tokens in a block; cut where the model's window is short")
     add("--repeats", type=int, default=REPEATS, help="times that the block is read")
     add("--seed", type=int, default=0, help="of the random tokens")
-    add("--text-file", type=Path, help="text for --kind entropy")
+    add("--text-file", type=Path, help="text for --kind entropy and kvzip")
     add("--tokens", type=int, default=2048, help="tokens of the text in one sample")
     add("--samples", type=int, default=4, help="samples of the text at most")
     add("--eigenvalues", type=int, default=TOP, help="largest eigenvalues that count")
@@ -43,10 +50,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    if (args.kind == "entropy") != (args.text_file is not None):
-        parser.error("--text-file goes with --kind entropy, which needs it")
+    if (args.kind in TEXT_KINDS) != (args.text_file is not None):
+        parser.error(f"--text-file goes with --kind {' and '.join(TEXT_KINDS)}, which need it")
     if args.kind == "entropy" and args.duo_pattern is not None:
-        parser.error("--duo-pattern is written from retrieval scores")
+        parser.error("--duo-pattern is written from retrieval or KVzip scores")
     return args
 
 
@@ -63,16 +70,24 @@ def main(argv: list[str] | None = None) -> int:
                 progress=lambda _: bar.update(),
             )  # fmt: skip
     else:
-        ids = tokenizer(args.text_file.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
-        samples = [s for s in ids.split(args.tokens)[: args.samples] if len(s) >= min(args.tokens, len(ids))]
-        with tqdm(total=len(samples) * model.config.num_hidden_layers, unit="layer", desc="entropy") as bar:
-            found = {"entropy": entropy_scores(model, samples, top=args.eigenvalues, progress=lambda _: bar.update())}
+        found = {args.kind: scores_of_text(args, model, tokenizer)}
     for kind, scores in found.items():
         print(f"{kind}: {scores.save(None if args.out is None else args.out / f'{kind}.json')}")
     if args.duo_pattern is not None:
-        write_pattern(args.duo_pattern, found["induction"].table, sink_size=64, recent_size=256)
+        table = next(iter(found.values())).table
+        write_pattern(args.duo_pattern, table / table.max().clamp(min=1), sink_size=64, recent_size=256)
     report(found, args.share)
     return 0
+
+
+def scores_of_text(args: argparse.Namespace, model: PreTrainedModel, tokenizer: Any) -> HeadScores:
+    """Scores that are measured on samples of a text."""
+    ids = tokenizer(args.text_file.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+    samples = [s for s in ids.split(args.tokens)[: args.samples] if len(s) >= min(args.tokens, len(ids))]
+    if args.kind == "kvzip":
+        return kvzip_scores(model, tokenizer, tqdm(samples, unit="sample", desc="kvzip"))
+    with tqdm(total=len(samples) * model.config.num_hidden_layers, unit="layer", desc="entropy") as bar:
+        return entropy_scores(model, samples, top=args.eigenvalues, progress=lambda _: bar.update())
 
 
 def report(found: dict[str, HeadScores], share: float) -> None:
@@ -82,10 +97,12 @@ def report(found: dict[str, HeadScores], share: float) -> None:
         low, high = table.min().item(), table.max().item()
         print(f"H_{found['entropy'].measured['top']} / ln d from {low:.3f} to {high:.3f}, mean {table.mean():.3f}")
         return
-    split = Retrieval(share=share, echo=True)
-    order = split.combine({kind: scores.table for kind, scores in found.items()})
+    split = Retrieval(share=share, echo="echo" in found)
+    # A single kind ranks heads by itself, whatever it is.
+    tables = {"induction" if len(found) == 1 else kind: scores.table for kind, scores in found.items()}
+    order = split.combine(tables)
     count, heads = split.full_heads(order), order.shape[1]
-    print(f"{count} of {order.numel()} KV heads, best first (layer.head induction echo):")
+    print(f"{count} of {order.numel()} KV heads, best first (layer.head {' '.join(found)}):")
     for index in order.flatten().argsort(descending=True, stable=True)[:count].tolist():
         values = [scores.table.flatten()[index].item() for scores in found.values()]
         print(f"  {index // heads}.{index % heads} " + " ".join(f"{v:.3f}" for v in values))

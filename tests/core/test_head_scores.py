@@ -39,6 +39,12 @@ def test_file_of_another_model_is_refused_and_both_are_named(tmp_path):
         other(prompt(20))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_hold_for_the_model_in_any_dtype(tmp_path, dtype):
+    path = make(tiny_model()).save(tmp_path / "a.json")
+    assert torch.equal(head_scores.load(path, tiny_model(dtype=dtype)).table, TABLE)
+
+
 @pytest.mark.parametrize(("change", "message"), [
     (lambda text: text.replace("0.9", "0.8"), "damaged: its checksum"),
     (lambda text: text[: len(text) // 2], "damaged"),
