@@ -1,0 +1,35 @@
+"""The kvpress_* settings keep exactly the positions that kvpress 0.5.5 keeps (tests/data/kvpress_positions.json)."""
+
+import json
+from pathlib import Path
+
+import pytest
+from kvpress_model import TOKENIZER, ids, model
+
+import asymkv
+from asymkv.paths import config_root
+
+TABLE = json.loads((Path(__file__).parents[1] / "data" / "kvpress_positions.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return model()
+
+
+@pytest.mark.parametrize("case", TABLE["cases"], ids=lambda c: f"{c['setting']}-{c['ratio']}-{len(c['overrides'])}")
+def test_positions(lm, case, tmp_path):
+    overrides = dict(case["overrides"])
+    if case["setting"] == "kvpress_kvzip":
+        TOKENIZER().save_pretrained(tmp_path)
+        overrides["tokenizer"] = str(tmp_path)
+    with asymkv.replace("llama", case["setting"], model=lm, ratio=case["ratio"], **overrides):
+        cache = lm(ids()).past_key_values
+    for layer, heads in enumerate(case["kept"]):
+        found = [f"{sum(1 << p for p in positions.tolist()):x}" for positions in cache.positions(layer)[0]]
+        assert found == heads, f"layer {layer}"
+
+
+def test_every_kvpress_setting_is_held_to_kvpress():
+    shipped = {p.stem for p in (config_root() / "methods").glob("kvpress_*.yaml")}
+    assert {c["setting"] for c in TABLE["cases"]} == shipped and TABLE["versions"]["kvpress"] == "0.5.5"
