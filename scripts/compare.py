@@ -1,0 +1,187 @@
+"""Every method against the full cache on one prompt: both answers side by side, and what each stored.
+
+    python scripts/compare.py --model smollm2 --ratio 0.25 --context-file report.txt --question "Who wrote it?"
+    python scripts/compare.py --model smollm2 --methods asymkv,kvzip,kvpress_snapkv --protocol context ...
+
+``--protocol prompt`` (the default) has the question in view while compressing; ``context`` compresses the context
+before the question is known. Methods are registered names, shipped settings or yaml files; finished ones are in
+``--out`` (json) and are not run again with the same settings. A method that cannot run is named with its reason at
+the end, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+import asymkv
+from asymkv.files import write_atomic
+from asymkv.longbench.conditions import commit, device_name
+from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
+from asymkv.methods import METHODS
+
+FULL = "full"
+
+
+@dataclasses.dataclass
+class Answer:
+    """What a method said, and at what price."""
+
+    method: str
+    text: str
+    kept_ratio: float
+    nbytes: int
+    prefill_seconds: float
+    total_seconds: float
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="short name of configs/models.yaml, hub id or folder")
+    add("--methods", default=",".join(m for m in METHODS if m != FULL), help="comma-separated; default: all")
+    add("--ratio", type=float, help="share of the prompt's rows to keep")
+    add("--budget", help="rows per KV head, or bytes such as 512MiB, instead of --ratio")
+    add("--context", help="the context itself")
+    add("--context-file", type=Path, help="file that holds the context")
+    add("--question", required=True)
+    add("--protocol", choices=("prompt", "context"), default="prompt")
+    add("--max-new-tokens", type=int, default=64)
+    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, help="torch threads")
+    add("--out", type=Path, help="json file of answers, read again by the next call")
+    args = parser.parse_args(argv)
+    if (args.context is None) == (args.context_file is None):
+        parser.error("give exactly one of --context and --context-file")
+    if (args.ratio is None) == (args.budget is None):
+        parser.error("give exactly one of --ratio and --budget")
+    return args
+
+
+def config_of(name: str, args: argparse.Namespace) -> asymkv.CompressionConfig:
+    """Settings of a registered method, a shipped file or a path."""
+    budget = int(args.budget) if args.budget and args.budget.isdigit() else args.budget
+    given: dict[str, Any] = {"budget": budget, "ratio": args.ratio}
+    size = {k: v for k, v in given.items() if v is not None and name != FULL}
+    if name in METHODS:
+        return asymkv.CompressionConfig(name, **size)
+    return asymkv.CompressionConfig.load(name, **size)
+
+
+def answer(
+    args: argparse.Namespace, name: str, model: PreTrainedModel, tokenizer: Any, context: str, config: Any
+) -> Answer:
+    """One method's answer."""
+
+    def seconds() -> float:
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        return time.perf_counter()
+
+    kwargs: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
+    began = seconds()
+    if args.protocol == "context":
+        cache = asymkv.compress(model, tokenizer, context, config)
+        stats, prefilled = cache.stats(), seconds()
+        text = asymkv.ask(model, tokenizer, cache, args.question, **kwargs)
+        return Answer(name, text, stats["kept_ratio"], stats["nbytes"], prefilled - began, seconds() - began)
+    prompt = f"{context}\n\n{args.question}"
+    if tokenizer.chat_template:
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
+                                               add_generation_prompt=True)  # fmt: skip
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).input_ids
+    ids = ids.to(model.device)
+    with asymkv.replace(model.config.model_type, config, model=model), torch.no_grad():
+        first = model(ids, logits_to_keep=1)
+        stats, prefilled = first.past_key_values.stats(), seconds()
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)  # type: ignore[operator]
+    text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    return Answer(name, text, stats["kept_ratio"], stats["nbytes"], prefilled - began, seconds() - prefilled)
+
+
+def settings_of(args: argparse.Namespace, context: str) -> dict[str, Any]:
+    """What answers must share to stand in one table."""
+    names = ("model", "ratio", "budget", "question", "protocol", "max_new_tokens", "dtype", "device")
+    digest = hashlib.sha256(context.encode()).hexdigest()
+    return {**{n: getattr(args, n) for n in names}, "context_sha256": digest}
+
+
+def finished(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Answer]:
+    """Answers of an earlier call.
+
+    Raises:
+        ValueError: for a file of other settings.
+    """
+    if args.out is None or not args.out.exists():
+        return {}
+    found = json.loads(args.out.read_text(encoding="utf-8"))
+    if found["settings"] != settings:
+        differing = {k: (found["settings"].get(k), v) for k, v in settings.items() if found["settings"].get(k) != v}
+        raise ValueError(f"{args.out} holds answers of other settings, (there, here): {differing}; use another --out")
+    return {a["method"]: Answer(**a) for a in found["answers"]}
+
+
+def save(args: argparse.Namespace, settings: dict[str, Any], answers: dict[str, Answer]) -> None:
+    if args.out is None:
+        return
+    conditions = {"commit": commit(), "device": device_name(torch.device(args.device)), "torch": torch.__version__}
+    table = {"settings": settings, "conditions": conditions, "answers": [vars(a) for a in answers.values()]}
+    write_atomic(args.out, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+
+
+def show(answers: dict[str, Answer], args: argparse.Namespace) -> None:
+    """Both answers side by side, the full cache's on the left."""
+    full = answers[FULL]
+    size = f"ratio {args.ratio}" if args.ratio is not None else f"budget {args.budget}"
+    table = Table(title=f"{args.model}, protocol {args.protocol}, {size}", show_lines=True, expand=True)
+    table.add_column(f"full cache\n{full.nbytes / 2**20:.2f} MiB, prefill {full.prefill_seconds:.1f} s", ratio=1)
+    table.add_column("method", ratio=1)
+    for each in answers.values():
+        if each.method != FULL:
+            price = (f"[bold]{each.method}[/bold] {each.kept_ratio:.1%} of the rows, {each.nbytes / 2**20:.2f} MiB, "
+                     f"{each.prefill_seconds / full.prefill_seconds:.2f} x prefill")  # fmt: skip
+            table.add_row(full.text, f"{price}\n{each.text}")
+    Console().print(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    names = [FULL, *(n for n in args.methods.split(",") if n != FULL)]
+    configs = {name: config_of(name, args) for name in names}  # bad settings fail before the model is loaded
+    context = args.context if args.context is not None else args.context_file.read_text(encoding="utf-8")
+    settings = settings_of(args, context)
+    answers, refused = finished(args, settings), {}
+    spec = resolve_spec(args.model, max_length=sys.maxsize, chat_template=False)
+    dtype = {} if args.dtype == "auto" else {"dtype": getattr(torch, args.dtype)}
+    model, tokenizer = load_model(spec, device=args.device, **dtype), load_tokenizer(spec)
+    for name in tqdm([n for n in names if n not in answers], desc="methods"):
+        try:
+            answers[name] = answer(args, name, model, tokenizer, context, configs[name])
+        except ValueError as error:
+            refused[name] = str(error)
+        save(args, settings, answers)
+    show({name: answers[name] for name in names if name in answers}, args)
+    for name, reason in refused.items():
+        print(f"not run: {name}: {reason}", file=sys.stderr)
+    return 1 if refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
