@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from asymkv.budgets import CacheShape
+from asymkv.budgets import CacheShape, HeadBudgets, LayerBudgets
 from asymkv.budgets.heads import Rows
 from asymkv.budgets.layers import Request
 from asymkv.config import CompressionConfig
@@ -115,6 +115,7 @@ class CompressedCache(BudgetLedger, Cache):
             num_layers,
             kv_heads,
             2 * head_dim * dtype.itemsize + METADATA_BYTES + config.options.row_bytes(head_dim, dtype, config),
+            uneven=type(config.head_split) is not HeadBudgets or type(config.layer_split) is not LayerBudgets,
         )
         self.backend = resolve_backend(config.backend, rope.device, head_dim, dtype)
         self.step: Step | None = None

@@ -20,11 +20,15 @@ SLACK_SHARE = 16
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a byte budget needs to know of a model: layers, KV heads, and bytes per row with its metadata."""
+    """What a byte budget needs to know of a model: layers, KV heads, and bytes per row with its metadata.
+
+    ``uneven``: heads or layers may hold different numbers of rows.
+    """
 
     layers: int
     kv_heads: int
     row_bytes: int
+    uneven: bool = False
 
 
 def capacity_for(rows: int) -> int:
@@ -59,6 +63,9 @@ def validate_budget(budget: int | str | None, minimum_rows: int) -> None:
 def rows_for_bytes(total: int, shape: CacheShape) -> int:
     """Most rows per KV head such that one sequence's cache, spare rows included, fits into ``total`` bytes."""
     per_head = total // (shape.layers * shape.kv_heads * shape.row_bytes)
+    if shape.uneven:
+        # However the rows are spread, a head's spare rows are at most SLACK_ROWS and its share of its own rows.
+        return max((per_head - SLACK_ROWS) * SLACK_SHARE // (SLACK_SHARE + 1), 0)
     rows = max(per_head - SLACK_ROWS, per_head * SLACK_SHARE // (SLACK_SHARE + 1) - 1, 0)
     while capacity_for(rows) > per_head and rows > 0:
         rows -= 1
