@@ -133,8 +133,8 @@ class Pyramid(LayerBudgets):
 
 
 @dataclasses.dataclass(frozen=True)
-class Dynamic(LayerBudgets):
-    """DynamicKV (arXiv 2412.14838): layers share the budget by how many of the cache's costliest units they hold.
+class Shared(LayerBudgets):
+    """Base of splits by a share of each layer.
 
     Args:
         r_max: a layer keeps at most this many times the mean.
@@ -147,42 +147,40 @@ class Dynamic(LayerBudgets):
     r_min: float = 0.1
 
     def __post_init__(self) -> None:
-        check_number("r_max of layer_budgets='dynamic'", self.r_max, 1)
-        check_number("r_min of layer_budgets='dynamic'", self.r_min, 0, 1)
+        check_number("r_max of layer_budgets", self.r_max, 1)
+        check_number("r_min of layer_budgets", self.r_min, 0, 1)
+
+    def shares(self, judged: Sequence[Judged]) -> Tensor:
+        """``[B, L]`` >= 0, of any sum."""
+        raise TypeError(f"{type(self).__name__} gives no shares")
 
     def budgets(self, judged: Sequence[Judged], requests: Sequence[Request | None]) -> Tensor:
-        """Counts of the best units of all layers, scaled to the total."""
-        given = _surplus(judged).clamp(min=0)
-        gone = _parted(cheapest(_joined(j.cost for j in judged), _joined(j.free for j in judged), given), judged)
-        won = torch.stack([(j.free & ~g).sum((1, 2)) for j, g in zip(judged, gone, strict=True)], 1)
-        return _within(won.double(), judged, requests, self.r_min, self.r_max)
+        """Rows by the shares, within the bounds."""
+        return _within(self.shares(judged).double(), judged, requests, self.r_min, self.r_max)
 
 
 @dataclasses.dataclass(frozen=True)
-class Variance(LayerBudgets):
+class Dynamic(Shared):
+    """DynamicKV (arXiv 2412.14838): layers share the budget by how many of the cache's costliest units they hold."""
+
+    def shares(self, judged: Sequence[Judged]) -> Tensor:
+        """Counts of the best units of all layers."""
+        given = _surplus(judged).clamp(min=0)
+        gone = _parted(cheapest(_joined(j.cost for j in judged), _joined(j.free for j in judged), given), judged)
+        return torch.stack([(j.free & ~g).sum((1, 2)) for j, g in zip(judged, gone, strict=True)], 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variance(Shared):
     """D2O's layer rule (arXiv 2406.13035): layers with dense, even attention keep more.
 
     The spread of the judged costs over a head's free units, min-max normalised over the heads of a layer and averaged,
     is ``f``; layers share by ``softmax(-f)``.
-
-    Args:
-        r_max: a layer keeps at most this many times the mean.
-        r_min: and at least this share of it.
     """
 
-    deferred: ClassVar[bool] = True
-
-    r_max: float = 10
-    r_min: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_number("r_max of layer_budgets='variance'", self.r_max, 1)
-        check_number("r_min of layer_budgets='variance'", self.r_min, 0, 1)
-
-    def budgets(self, judged: Sequence[Judged], requests: Sequence[Request | None]) -> Tensor:
-        """Shares by ``softmax(-f)``."""
-        f = torch.stack([_normalised_variance(j.cost, j.free) for j in judged], 1)
-        return _within((-f).softmax(1), judged, requests, self.r_min, self.r_max)
+    def shares(self, judged: Sequence[Judged]) -> Tensor:
+        """``softmax(-f)``."""
+        return (-torch.stack([_normalised_variance(j.cost, j.free) for j in judged], 1)).softmax(1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Composed(SnapKV):
 
     Args:
         scorer: whose scores are used: a name, or a mapping with ``kind`` and that method's own settings; "snapkv"
-            takes this method's ``kernel_size``, ``pooling`` and ``group_reduce``.
+            takes this method's own.
     """
 
     scorer: str | Mapping[str, Any] = "snapkv"
@@ -46,7 +46,7 @@ class Composed(SnapKV):
         if kind not in SCORERS:
             raise ValueError(f"unknown scorer {kind!r}; allowed: {sorted(SCORERS)}")
         if kind == "snapkv":
-            settings = {**{n: getattr(self, n) for n in ("kernel_size", "pooling", "group_reduce")}, **settings}
+            settings = {**{f.name: getattr(self, f.name) for f in dataclasses.fields(SnapKV) if f.init}, **settings}
         known = {f.name for f in dataclasses.fields(SCORERS[kind]) if f.init}
         if set(settings) - known:
             raise ValueError(f"unknown settings {sorted(set(settings) - known)} of scorer {kind!r}; "

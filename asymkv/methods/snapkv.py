@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from asymkv.checks import check_choice, check_integer
+from asymkv.checks import check_choice, check_flag, check_integer
 from asymkv.methods.base import Method
 from asymkv.observations import attention_mass, newest
 from asymkv.view import RowView
@@ -32,6 +32,8 @@ class SnapKV(Method):
         kernel_size: rows that are pooled, odd.
         pooling: "avg", "max" (zeros beyond the ends) or "none".
         group_reduce: "mean" or "max" over the query heads of a KV head.
+        group_first: reduce over the group before pooling, as AdaKV's code and KVCache-Factory do (with average pooling
+            and the mean it is the same).
     """
 
     title: ClassVar[str] = "SnapKV, arXiv 2404.14469"
@@ -40,6 +42,7 @@ class SnapKV(Method):
     kernel_size: int = 5
     pooling: str = "avg"
     group_reduce: str = "mean"
+    group_first: bool = False
 
     @property
     def needs(self) -> frozenset[str]:
@@ -60,6 +63,7 @@ class SnapKV(Method):
             raise ValueError(f"kernel_size must be odd; found {self.kernel_size}")
         check_choice("pooling", self.pooling, POOLINGS)
         check_choice("group_reduce", self.group_reduce, REDUCTIONS)
+        check_flag("group_first", self.group_first)
         if config.window_size < 1:
             raise ValueError(f"method {config.method!r} judges by the window's queries; window_size must be >= 1, "
                              f"found {config.window_size}")
@@ -84,6 +88,8 @@ class SnapKV(Method):
         mass = attention_mass(window, per_query_head=True) / count[:, None, None, None]
         recent = view.positions >= (view.tokens - self.window_size)[:, None, None]
         mass = mass.masked_fill((recent | ~view.valid)[:, :, None], 0)
+        if self.group_first:
+            return pool(reduce_group(mass, self.group_reduce), self.kernel_size, self.pooling)
         return reduce_group(pool(mass, self.kernel_size, self.pooling), self.group_reduce)
 
 
@@ -105,6 +111,7 @@ class AdaKV(SnapKV):
 
     kernel_size: int = 7
     pooling: str = "max"
+    group_first: bool = True
 
     def defaults(self) -> dict[str, Any]:
         return {"sink_size": 0, "window_size": 32, "head_budgets": "adaptive"}

@@ -10,7 +10,6 @@ import asymkv
 from asymkv import CompressionConfig
 from asymkv.analysis.head_entropy import entropy_scores, matrix_entropy, spectrum_entropy
 from asymkv.layer import CompressedLayer
-from asymkv.methods.headkv import window_scores
 from asymkv.rope import Rope
 
 
@@ -59,6 +58,12 @@ def test_scores_of_a_model_are_means_over_groups_and_samples():
     assert_close("mean", (alone[0] + alone[1]) / 2, both.table, 1e-12)
     assert seen == [0, 1, 0, 1] and both.measured["tokens"] == [60, 60]
     assert bool((both.table > 0).all() and (both.table <= 1).all())
+
+
+def window_scores(view, window, kernel, pooling):
+    """SnapKV's scores, the group reduced first."""
+    options = {"window_size": window, "kernel_size": kernel, "pooling": pooling, "group_first": True}
+    return asymkv.CompressionConfig("snapkv", sink_size=0, **options).options.score(view)
 
 
 def view_of(keys, queries, tokens):
