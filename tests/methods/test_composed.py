@@ -1,0 +1,41 @@
+"""Methods whose scores are made over heads or chunks: rows are matched by position, and budgets are met in every turn."""
+
+import pytest
+import torch
+from tiny_models import assert_same_rows, left_padded, prompt, tiny_model
+
+import asymkv
+
+
+def test_whole_chunks_take_the_ratio_of_the_prompt_once():
+    """A second turn is brought to the ratio of both turns' tokens, not to the ratio of what the first had left."""
+    model = tiny_model()
+    settings = {"ratio": 0.5, "window_size": 8, "chunk_length": 10, "whole_chunks": True}
+    with asymkv.replace("llama", model=model, method="chunkkv", **settings):
+        cache = model(prompt(200)).past_key_values
+        assert cache.num_rows(0).tolist() == [[100, 100]]
+        model(prompt(60, seed=2), past_key_values=cache)
+    assert cache.num_rows(0).tolist() == [[130, 130]]  # of 260 tokens; 160 rows are 16 chunks
+
+
+def test_negative_scores_of_chunks_do_not_depend_on_the_batch():
+    model = tiny_model(dtype=torch.float64)
+    with asymkv.replace("llama", model=model, method="chunkkv", scorer="knorm", window_size=8, ratio=0.4):
+        for length in range(80, 130, 7):
+            ids, mask, alone = left_padded([170, length], seed=length)
+            batch = model(ids, attention_mask=mask).past_key_values
+            assert_same_rows(model(alone[1]).past_key_values, batch, row_b=1)
+
+
+@pytest.mark.parametrize("split", [{"head_budgets": "adaptive"}, {"layer_budgets": "global"}], ids=str)
+def test_chunks_are_the_same_in_all_heads(split):
+    with pytest.raises(ValueError, match="the same chunks in all heads"):
+        asymkv.CompressionConfig("chunkkv", **split)
+
+
+@pytest.mark.parametrize("settings", [
+    {"method": "expected_attention"}, {"method": "criticalkv", "scorer": "expected_attention"},
+], ids=lambda s: s["method"])  # fmt: skip
+def test_expected_attention_needs_positions_that_stay(settings):
+    with pytest.raises(ValueError, match="position_policy must be 'original', found 'compact'"):
+        asymkv.CompressionConfig(**settings, position_policy="compact")
