@@ -1,10 +1,14 @@
 """Methods whose scores are made over heads or chunks: rows are matched by position, and budgets are met in every turn."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import assert_same_rows, left_padded, prompt, tiny_model
+from torch import Tensor
 
 import asymkv
+from asymkv.methods.tova import mean_over_heads
 
 
 def test_whole_chunks_take_the_ratio_of_the_prompt_once():
@@ -31,6 +35,17 @@ def test_negative_scores_of_chunks_do_not_depend_on_the_batch():
 def test_chunks_are_the_same_in_all_heads(split):
     with pytest.raises(ValueError, match="the same chunks in all heads"):
         asymkv.CompressionConfig("chunkkv", **split)
+
+
+def test_a_layer_mean_matches_rows_by_position():
+    """Heads hold the positions 0, 2, 3 and 2, 3: the second row of the one is the first of the other."""
+    positions = torch.tensor([[[0, 2, 3], [2, 3, 0]]])
+    valid = torch.tensor([[[True, True, True], [True, True, False]]])
+    view = SimpleNamespace(positions=positions, valid=valid, lengths=torch.tensor([[3, 2]]), tokens=torch.tensor([4]))
+    mass = torch.tensor([[[0.5, 0.2, 0.3], [0.6, 0.4, 0.0]]])
+    found: Tensor = mean_over_heads(mass, view)
+    assert torch.allclose(found[0, 0], torch.tensor([0.25, 0.4, 0.35]))
+    assert torch.allclose(found[0, 1, :2], torch.tensor([0.4, 0.35]))
 
 
 @pytest.mark.parametrize("settings", [
