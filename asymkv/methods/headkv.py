@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from asymkv.methods.scored import HeadScored
+from asymkv.methods.snapkv import require_longer_prompt
 from asymkv.observations import attention_mass
 from asymkv.view import RowView
 
@@ -50,6 +51,10 @@ class HeadKV(HeadScored):
         """Checks window and pooling; the split over heads has checked its own."""
         super().validate(config)
         check_window(config, self.kernel_size, self.pooling)
+
+    def check_prompt(self, tokens: int, config: CompressionConfig) -> None:
+        """A share of a prompt that is all window cannot be kept."""
+        require_longer_prompt(tokens, config)
 
     def score(self, view: RowView) -> Tensor:
         """Attention of the window's queries, ``[B, H_kv, T]``."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from asymkv.methods.headkv import check_window, window_scores
 from asymkv.methods.scored import HeadScored
+from asymkv.methods.snapkv import require_longer_prompt
 from asymkv.view import RowView
 
 if TYPE_CHECKING:
@@ -48,6 +49,10 @@ class UNComp(HeadScored):
         """Checks window and pooling; the split over heads has checked its own."""
         super().validate(config)
         check_window(config, self.kernel_size, self.pooling)
+
+    def check_prompt(self, tokens: int, config: CompressionConfig) -> None:
+        """A share of a prompt that is all window cannot be kept."""
+        require_longer_prompt(tokens, config)
 
     def score(self, view: RowView) -> Tensor:
         """Attention of the window's queries, ``[B, H_kv, T]``."""

@@ -54,3 +54,12 @@ def test_a_layer_mean_matches_rows_by_position():
 def test_expected_attention_needs_positions_that_stay(settings):
     with pytest.raises(ValueError, match="position_policy must be 'original', found 'compact'"):
         asymkv.CompressionConfig(**settings, position_policy="compact")
+
+
+@pytest.mark.parametrize("method", ["headkv", "uncomp"])
+def test_a_ratio_of_a_prompt_that_is_all_window(method):
+    model = tiny_model()
+    scores = [[0.1, 0.2], [0.9, 0.3]]
+    with asymkv.replace("llama", model=model, method=method, ratio=0.5, window_size=64, head_scores=scores):
+        with pytest.raises(ValueError, match="window_size=64 is not shorter than the prompt of 50"):
+            model(prompt(50))
