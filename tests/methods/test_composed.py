@@ -1,4 +1,4 @@
-"""Methods whose scores are made over heads or chunks: rows are matched by position, and budgets are met in every turn."""
+"""Scores that are made over heads or chunks: rows are matched by position, and budgets are met in every turn."""
 
 from types import SimpleNamespace
 
@@ -60,6 +60,7 @@ def test_expected_attention_needs_positions_that_stay(settings):
 def test_a_ratio_of_a_prompt_that_is_all_window(method):
     model = tiny_model()
     scores = [[0.1, 0.2], [0.9, 0.3]]
-    with asymkv.replace("llama", model=model, method=method, ratio=0.5, window_size=64, head_scores=scores):
-        with pytest.raises(ValueError, match="window_size=64 is not shorter than the prompt of 50"):
-            model(prompt(50))
+    settings = {"ratio": 0.5, "window_size": 64, "head_scores": scores}
+    message = "window_size=64 is not shorter than the prompt of 50"
+    with asymkv.replace("llama", model=model, method=method, **settings), pytest.raises(ValueError, match=message):
+        model(prompt(50))
