@@ -53,8 +53,8 @@ VARIANTS = {
     "duo-half": {"method": "duo_attention", "head_scores": HEAD_SCORES, "sparsity": 0.5, "window_size": 8},
     "uncomp-avg": {"method": "uncomp", "head_scores": HEAD_SCORES, "groups": 3, "pooling": "avg", "kernel_size": 5},
 }
-# What a family changes is the same for all methods: variants run on one family, and whole conversations of a few methods
-# on the others.
+# What a family changes is the same for all methods: variants run on one family, and whole conversations of a few
+# methods on the others.
 DEFAULTS_EVERYWHERE = [(f, v) for v in VARIANTS for f in FAMILIES if f == "llama" or v in METHODS]
 FEW_EVERYWHERE = [(f, v) for v in VARIANTS for f in FAMILIES if f == "llama" or v in ("asymkv", "h2o", "snapkv")]
 

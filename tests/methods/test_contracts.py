@@ -357,7 +357,7 @@ def test_a_window_longer_than_the_prompt_is_named(name):
 
 @pytest.mark.parametrize(("method", "settings", "message"), [
     ("chunkkv", {"scorer": "nothing"}, "unknown scorer 'nothing'; allowed: .*snapkv"),
-    ("criticalkv", {"scorer": {"kind": "h2o", "kernel": 3}}, "unknown settings .*'kernel'.* of scorer 'h2o'.*normalize"),
+    ("criticalkv", {"scorer": {"kind": "h2o", "kernel": 3}}, "unknown settings .*kernel.* of scorer 'h2o'.*normalize"),
     ("snapkv", {"pooling": "sum"}, "pooling='sum'; allowed: .*avg"),
     ("headkv", {"pooling": "none"}, "pooling='none'; allowed: .*max"),
     ("uncomp", {"pooling": 3}, "pooling=3; allowed: .*max"),
