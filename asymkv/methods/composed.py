@@ -12,7 +12,7 @@ from torch import Tensor
 from asymkv.budgets.heads import HeadBudgets, Judged
 from asymkv.checks import check_flag, check_integer, check_number
 from asymkv.methods.base import Method
-from asymkv.methods.expected_attention import ExpectedAttention
+from asymkv.methods.expected_attention import ExpectedAttention, require_original_positions
 from asymkv.methods.h2o import H2O
 from asymkv.methods.keys import KeyDiff, Knorm
 from asymkv.methods.snapkv import SnapKV
@@ -63,7 +63,8 @@ class Composed(SnapKV):
             ValueError: for an unknown scorer, or settings that it does not have.
         """
         super().validate(config)
-        self._scorer()
+        if isinstance(self._scorer(), ExpectedAttention):
+            require_original_positions(config)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -98,9 +99,12 @@ class ChunkKV(Composed):
         """Checks the chunk.
 
         Raises:
-            ValueError: for a chunk without rows.
+            ValueError: for a chunk without rows, or heads that would hold different rows.
         """
         super().validate(config)
+        if config.layer_split.joint or type(config.head_split) is not HeadBudgets:
+            raise ValueError("method 'chunkkv' keeps the same chunks in all heads of a layer; head_budgets must be "
+                             "'uniform' and layer_budgets not 'global'")
         check_integer("chunk_length", self.chunk_length, 1)
         check_flag("whole_chunks", self.whole_chunks)
 
@@ -111,7 +115,8 @@ class ChunkKV(Composed):
     def score(self, view: RowView) -> Tensor:
         """Mean over its chunk of a row's scores, summed over heads, ``[B, H_kv, T]``."""
         scores = self.row_scores(view).masked_fill(~view.valid, 0)
-        top = scores.amax((1, 2), keepdim=True) + 1
+        # Absent rows are 0, which is more than any score may be: they must not lift the window's.
+        top = scores.masked_fill(~view.valid, -torch.inf).amax((1, 2), keepdim=True) + 1
         recent = view.positions >= (view.tokens - self.window_size)[:, None, None]
         scores = torch.where(recent & view.valid, top, scores).sum(1)
         chunk = torch.arange(scores.shape[1], device=scores.device) // self.chunk_length
@@ -137,10 +142,14 @@ class ChunkKV(Composed):
 
 
 def _kept_share(request: Any, budget: int, length: int) -> float:
-    """The share of a row's chunks to keep; the ratio where one was asked for, in the floating point of kvpress."""
+    """The share of a row's chunks to keep.
+
+    The ratio where one was asked for, in the floating point of kvpress, as long as the rows are the prompt: what an
+    earlier compaction left has been through it, and is brought to the budget.
+    """
     if budget >= length:
         return 1.0
-    if request is not None and request.ratio is not None:
+    if request is not None and request.ratio is not None and request.tokens == length:
         return 1 - (1 - request.ratio)
     return min(budget / max(length, 1), 1.0)
 

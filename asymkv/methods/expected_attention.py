@@ -49,9 +49,10 @@ class ExpectedAttention(Method):
         """Checks the choices.
 
         Raises:
-            ValueError: for values out of range.
+            ValueError: for values out of range, or positions that move.
         """
         super().validate(config)
+        require_original_positions(config)
         check_integer("n_future_positions", self.n_future_positions, 1)
         check_number("epsilon", self.epsilon, 0)
         check_flag("use_covariance", self.use_covariance)
@@ -103,3 +104,10 @@ class ExpectedAttention(Method):
         rotation[:, index, index + half] = -sin[:, :half]
         rotation[:, index + half, index] = sin[:, half:]
         return rotation[:, None]
+
+
+def require_original_positions(config: CompressionConfig) -> None:
+    """Raises ValueError where a compaction moves rows: how far future queries are from them is then not known."""
+    if config.positions != "original":
+        raise ValueError("expected attention looks ahead from the tokens' own positions; position_policy must be "
+                         f"'original', found {config.positions!r}")

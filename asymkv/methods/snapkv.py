@@ -69,16 +69,8 @@ class SnapKV(Method):
                              f"found {config.window_size}")
 
     def check_prompt(self, tokens: int, config: CompressionConfig) -> None:
-        """A share of a prompt that is all window cannot be kept.
-
-        Raises:
-            ValueError: for a ratio below 1 of a prompt no longer than the window.
-        """
-        if config.ratio is not None and config.ratio < 1 and tokens <= config.window_size:
-            raise ValueError(
-                f"window_size={config.window_size} is not shorter than the prompt of {tokens} tokens, so that nothing "
-                f"could be dropped for ratio={config.ratio}; use a smaller window_size, or method='full'"
-            )
+        """A share of a prompt that is all window cannot be kept."""
+        require_longer_prompt(tokens, config)
 
     def score(self, view: RowView) -> Tensor:
         """Pooled attention of the window, ``[B, H_kv, T]``."""
@@ -130,6 +122,15 @@ class DynamicKV(SnapKV):
 
     def defaults(self) -> dict[str, Any]:
         return {"sink_size": 0, "window_size": 8, "layer_budgets": "dynamic"}
+
+
+def require_longer_prompt(tokens: int, config: CompressionConfig) -> None:
+    """Raises ValueError for a ratio below 1 of a prompt no longer than the window."""
+    if config.ratio is not None and config.ratio < 1 and tokens <= config.window_size:
+        raise ValueError(
+            f"window_size={config.window_size} is not shorter than the prompt of {tokens} tokens, so that nothing "
+            f"could be dropped for ratio={config.ratio}; use a smaller window_size, or method='full'"
+        )
 
 
 def pool(rows: Tensor, kernel: int, pooling: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from asymkv.methods.base import Method
@@ -30,6 +31,20 @@ class TOVA(Method):
         return {"sink_size": 0, "window_size": 1}
 
     def score(self, view: RowView) -> Tensor:
-        """Attention of the newest query, ``[B, H_kv, T]``, equal in every head."""
-        mass = attention_mass(newest(view, 1))
-        return mass.mean(1, keepdim=True).expand_as(mass)
+        """Attention of the newest query, ``[B, H_kv, T]``, for one position equal in every head."""
+        return mean_over_heads(attention_mass(newest(view, 1)), view)
+
+
+def mean_over_heads(mass: Tensor, view: RowView) -> Tensor:
+    """``mass [B, H_kv, T]``, the mean over KV heads of what each position has; nothing where a head lacks it."""
+    even = mass.mean(1, keepdim=True).expand_as(mass)
+    unlike = (view.positions != view.positions[:, :1]) & view.valid
+    same = (view.lengths == view.lengths[:, :1]).all(1) & ~unlike.any(2).any(1)
+    if bool(same.all()):
+        return even
+    place = torch.where(view.valid, view.positions, 0).flatten(1).long()
+    held = torch.where(view.valid, mass, 0).flatten(1)
+    total = mass.new_zeros(mass.shape[0], int(view.tokens.max())).scatter_add_(1, place, held)
+    by_position = total.gather(1, place).view_as(mass) / mass.shape[1]
+    # Each row of the batch by itself decides, so that no sum's rounding hangs on the others.
+    return torch.where(same[:, None, None], even, by_position)
