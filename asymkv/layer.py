@@ -228,10 +228,11 @@ class CompressedLayer(LayerBase):
         self.carry_out(method.plan(self.with_budget(view, limit), heads), view)
 
     def carry_out(self, plan: CompactionPlan, view: RowView) -> None:
-        """Executes a plan; the queries that it was judged by are forgotten."""
+        """Executes a plan; the queries that it was judged by are forgotten, by the rows of the batch that lost some."""
+        before = [self.heads_of(row) for row in range(self.batch)]
         self.storage = execute(plan, view, self.storage, self.policy)
         if self.ring is not None:
-            self.ring.clear()
+            self.ring.forget([self.heads_of(row) != held for row, held in enumerate(before)])
 
     def remember(self, query: Tensor, positions: Tensor) -> None:
         """Keeps a decode query ``[B, H, 1, D]`` for the next compaction."""
