@@ -1,6 +1,5 @@
 """Hidden states dropped by stages: what each layer sees, against a plain restatement; batches, turns, files, errors."""
 
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -96,10 +95,10 @@ def test_layers_see_what_the_restatement_keeps(family):
 
 
 def test_keys_are_at_their_true_positions():
-    """Where all tokens look alike but for their position, the rows of a narrowed layer are those of the full one."""
+    """Where layers add nothing to the embeddings, the rows of a narrowed layer are those of the full one."""
     model = deep_model()
     with torch.no_grad():
-        for layer in model.model.layers:  # nothing is added to the embeddings
+        for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_(), layer.mlp.down_proj.weight.zero_()
             if layer.self_attn.o_proj.bias is not None:
                 layer.self_attn.o_proj.bias.zero_()
@@ -286,15 +285,13 @@ def test_bad_settings(options, message):
 
 def test_bad_use():
     model, ids = deep_model(), prompt(50)
-    with asymkv.replace("llama", **{**STAGED, "stages": [0, 1]}):
-        with pytest.raises(ValueError, match="stages must be 5 numbers, one per layer of the model; found 2"):
-            model(ids)
+    message = "stages must be 5 numbers, one per layer of the model; found 2"
+    with asymkv.replace("llama", **{**STAGED, "stages": [0, 1]}), pytest.raises(ValueError, match=message):
+        model(ids)
     with asymkv.replace("llama", **STAGED):
         with pytest.raises(ValueError, match="output_hidden_states=True: with stages"):
             model(ids, output_hidden_states=True)
         cache = CompressedCache.for_model(CompressionConfig(**STAGED), model)
-        fields = {f.name for f in dataclasses.fields(CompressionConfig)} - {"options"}
-        assert {**STAGED, "stages": STAGES}.items() <= cache.config.to_dict().items() and "method" in fields
         cache.layer_tokens = None
         with pytest.raises(ValueError, match="stages belong to a model"):
             model(ids, past_key_values=cache)
