@@ -94,13 +94,18 @@ def attend(cache: CompressedCache, layer: CompressedLayer, q: Tensor, k: Tensor,
         assert rotary is not None
         return _taped(cache, layer, step, q, k, v, rotary, scale)
     positions = step.on(q.device)[0]
-    layer.append_packed(k, v, positions, step.counts)
+    layer.append_packed(k, v, positions, step.counts, step.arrived)
     cache.measure(layer)
     several = positions.shape[1] > 1
     out, lse = ragged_attention(
         q, layer, query_positions=positions if several else None, counts=step.counts, scale=scale, backend=cache.backend
     )
-    observe(cache, layer, step, Seen(q, step.query_positions(q.device), out, lse, raw), scale)
+    seen = Seen(q, step.query_positions(q.device), out, lse, raw)
+    if step.narrowing is not None:
+        following = cache.reaching(layer.index + 1, step.counts)
+        if following != step.counts:
+            step.narrowing.choose(seen.on(layer.view(cache.rope, scale)), following)
+    observe(cache, layer, step, seen, scale)
     return out
 
 

@@ -25,6 +25,7 @@ from asymkv.ops import resolve_backend
 from asymkv.rope import Rope
 
 if TYPE_CHECKING:
+    from asymkv.narrowing import Narrowing
     from asymkv.reconstruction import Replay
 
 # cardinality (int32), log n (fp32) and position (int32) of a row
@@ -37,7 +38,7 @@ class Step:
 
     Args:
         counts: tokens per row of the batch.
-        positions: ``[B, t]`` own-token positions (past the end: those that would follow).
+        positions: ``[B, t]`` own-token positions (past the end: of no token).
         tables: ``cos, sin``, ``[B, t, D]``.
         limits: rows per head, or of each head, to compact each layer to, per row of the batch; None = no compaction.
         requests: what the limits come from.
@@ -48,6 +49,8 @@ class Step:
         compacted: set when some layer was compacted.
         hold: no layer is compacted yet: what judges its rows comes after the forward.
         replay: the tokens rebuild stored ones (``asymkv.reconstruction``): nothing is appended.
+        arrived: tokens per row with those whose hidden states were dropped before this layer; None = none was.
+        narrowing: drops hidden states between layers (``asymkv.narrowing``).
     """
 
     counts: list[int]
@@ -62,6 +65,8 @@ class Step:
     compacted: bool = False
     hold: bool = False
     replay: Replay | None = None
+    arrived: list[int] | None = None
+    narrowing: Narrowing | None = None
     _copies: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     _queries: dict[torch.device, Tensor] = field(default_factory=dict)
 
@@ -110,6 +115,7 @@ class CompressedCache(BudgetLedger, Cache):
         super().__init__(layers=[CompressedLayer(i, policy) for i in range(num_layers)])
         self.config = config
         self.head_split = config.head_split
+        self.layer_tokens: tuple[int, ...] | None = None
         self.rope = rope
         self.shape = CacheShape(
             num_layers,
@@ -134,7 +140,7 @@ class CompressedCache(BudgetLedger, Cache):
         """An empty cache for a causal LM.
 
         Raises:
-            ValueError: for a model that a compressed cache cannot serve, or whose head scores are missing.
+            ValueError: for a model that a compressed cache cannot serve, or whose head scores or stages are missing.
         """
         adapter = get_adapter(model.config.model_type)
         adapter.check(model.config)
@@ -151,6 +157,7 @@ class CompressedCache(BudgetLedger, Cache):
             rope=Rope(rotary),
         )
         cache.head_split = config.head_split.prepare(model)
+        cache.layer_tokens = config.options.layer_tokens(model)
         cache._model = weakref.ref(model)
         return cache
 

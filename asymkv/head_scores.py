@@ -78,8 +78,7 @@ class HeadScores:
             The path.
         """
         target = default_path(self.model, self.kind) if path is None else Path(path)
-        content = {"format": FORMAT, **vars(self)}
-        write_atomic(target, json.dumps({**content, "sha256": _checksum(content)}, indent=1) + "\n")
+        write_checked(target, {"format": FORMAT, **vars(self)})
         return target
 
 
@@ -93,20 +92,40 @@ def load(path: str | Path, model: PreTrainedModel | None = None) -> HeadScores:
     Raises:
         ValueError: for a file that is missing, damaged, of another format, or of another model.
     """
+    content = read_checked(path, FORMAT, model, "head scores")
+    return HeadScores(content["kind"], content["scores"], content["model"], content["measured"])
+
+
+def write_checked(path: Path, content: dict[str, Any]) -> None:
+    """Writes ``content``, its format named in it, with a checksum, whole or not at all."""
+    write_atomic(path, json.dumps({**content, "sha256": _checksum(content)}, indent=1) + "\n")
+
+
+def read_checked(path: str | Path, form: str, model: PreTrainedModel | None, what: str) -> dict[str, Any]:
+    """What :func:`write_checked` wrote.
+
+    Args:
+        path: the file.
+        form: the format that it must name.
+        model: the model that its ``model`` must be; None: not checked.
+        what: what it holds, for messages.
+
+    Raises:
+        ValueError: for a file that is missing, damaged, of another format, or of another model.
+    """
     content = _read_json(Path(path))
-    if content.get("format") != FORMAT:
-        raise ValueError(f"{path}: unknown format {content.get('format')!r}; expected {FORMAT!r}")
+    if content.get("format") != form:
+        raise ValueError(f"{path}: unknown format {content.get('format')!r}; expected {form!r}")
     found = content.pop("sha256", None)
     if found != _checksum(content):
         raise ValueError(f"{path} is damaged: its checksum is {found}, its content's {_checksum(content)}")
-    scores = HeadScores(content["kind"], content["scores"], content["model"], content["measured"])
     if model is not None:
-        given = model_of(model)
-        differing = {k: (scores.model.get(k), given[k]) for k in _BOUND if scores.model.get(k) != given[k]}
+        saved, given = content["model"], model_of(model)
+        differing = {k: (saved.get(k), given[k]) for k in _BOUND if saved.get(k) != given[k]}
         if differing:
-            raise ValueError(f"{path} holds head scores of {scores.model.get('name')!r}, not of {given['name']!r}: "
+            raise ValueError(f"{path} holds {what} of {saved.get('name')!r}, not of {given['name']!r}: "
                              f"(file, given) {differing}")
-    return scores
+    return content
 
 
 def plain_source(source: Any) -> Any:

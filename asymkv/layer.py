@@ -135,8 +135,13 @@ class CompressedLayer(LayerBase):
         self.append_packed(keys, values, positions, counts)
         self.columns_seen += keys.shape[2]
 
-    def append_packed(self, keys: Tensor, values: Tensor, positions: Tensor, counts: list[int]) -> None:
-        """As :meth:`append`, the first ``counts[b]`` columns of row b being its tokens; the caller counts columns."""
+    def append_packed(
+        self, keys: Tensor, values: Tensor, positions: Tensor, counts: list[int], arrived: list[int] | None = None
+    ) -> None:
+        """As :meth:`append`, the first ``counts[b]`` columns of row b being its tokens; the caller counts columns.
+
+        ``arrived[b]`` tokens count as seen, those that never got to this layer included; None: ``counts``.
+        """
         if not self.is_initialized:
             self.initialize(keys, values)
         if keys.shape[0] != self.batch:
@@ -144,7 +149,7 @@ class CompressedLayer(LayerBase):
         flat = {"keys": keys.flatten(0, 1), "values": values.flatten(0, 1)}
         flat["position"] = positions.int()[:, None].expand(-1, keys.shape[1], -1).flatten(0, 1)
         self.storage.append(flat, [c for c in counts for _ in range(keys.shape[1])])
-        self.tokens = [n + c for n, c in zip(self.tokens, counts, strict=True)]
+        self.tokens = [n + c for n, c in zip(self.tokens, arrived or counts, strict=True)]
 
     # -- positions -----------------------------------------------------------------------------------------------
     def next_rotary(self) -> Tensor:
@@ -223,10 +228,11 @@ class CompressedLayer(LayerBase):
         self.carry_out(method.plan(self.with_budget(view, limit), heads), view)
 
     def carry_out(self, plan: CompactionPlan, view: RowView) -> None:
-        """Executes a plan; the queries that it was judged by are forgotten."""
+        """Executes a plan; the queries that it was judged by are forgotten, by the rows of the batch that lost some."""
+        before = [self.heads_of(row) for row in range(self.batch)]
         self.storage = execute(plan, view, self.storage, self.policy)
         if self.ring is not None:
-            self.ring.clear()
+            self.ring.forget([self.heads_of(row) != held for row, held in enumerate(before)])
 
     def remember(self, query: Tensor, positions: Tensor) -> None:
         """Keeps a decode query ``[B, H, 1, D]`` for the next compaction."""

@@ -23,6 +23,7 @@ class BudgetLedger:
     head_split: HeadBudgets
     shape: CacheShape
     layers: list[CompressedLayer]
+    layer_tokens: tuple[int, ...] | None  # hidden states of a prompt that reach each layer at most; None = all
 
     def open_ledger(self) -> None:
         """Starts with nothing seen and nothing promised."""
@@ -72,6 +73,12 @@ class BudgetLedger:
             if prompt[row]:
                 self.prompt_tokens[row] += count
         return prompt
+
+    def reaching(self, layer: int, counts: list[int]) -> list[int]:
+        """Per row of the batch, how many of ``counts[b]`` new tokens reach a layer; all of them past the last one."""
+        if self.layer_tokens is None or layer >= len(self.layer_tokens):
+            return counts
+        return [min(c, self.layer_tokens[layer]) for c in counts]
 
     def budget_rows(self) -> tuple[list[int], list[bool]]:
         """Rows per head of each row of the batch, and whether a ratio's share was raised to the minimum."""
@@ -125,15 +132,20 @@ class BudgetLedger:
             if request is None:
                 table.append([None] * layers)
                 continue
-            held = [layer.heads_of(row) if layer.is_initialized else [0] * self.shape.kv_heads for layer in self.layers]
-            added = [[n + count for n in heads] for heads in held]
+            added = []
+            for index, layer in enumerate(self.layers):
+                held = layer.heads_of(row) if layer.is_initialized else [0] * self.shape.kv_heads
+                added.append([n + self.reaching(index, [count])[0] for n in held])
             table.append([*self.head_split.rows(request, split.rows(request, layers), added)])
         return [list(column) for column in zip(*table, strict=True)] if table else [[] for _ in range(layers)]
 
     def exceeding(self, requests: list[Request | None], counts: list[int]) -> list[bool]:
         """Per row of the batch: whether the whole cache holds more than was asked for, ``counts`` tokens added."""
+        layers = len(self.layers)
+        new = [self.reaching(i, counts) for i in range(layers)]
         held = [
-            sum(sum(layer.heads_of(row)) for layer in self.layers) / (len(self.layers) * self.shape.kv_heads)
+            sum(sum(layer.heads_of(row)) for layer in self.layers) / (layers * self.shape.kv_heads)
+            + sum(n[row] for n in new) / layers
             for row in range(len(counts))
         ]
-        return [r is not None and h + c > r.rows for r, h, c in zip(requests, held, counts, strict=True)]
+        return [r is not None and h > r.rows for r, h in zip(requests, held, strict=True)]

@@ -52,6 +52,13 @@ class QueryRing:
         self.positions.fill_(-1)
         self.cursor = 0
 
+    def forget(self, rows: list[bool]) -> None:
+        """Clears the given rows of the batch; the others' queries do not depend on their company."""
+        if all(rows):
+            self.clear()
+        else:
+            self.positions[torch.tensor(rows, device=self.positions.device)] = -1
+
     def select(self, rows: Tensor) -> None:
         """Reorders the batch."""
         self.queries, self.positions = self.queries[rows], self.positions[rows]

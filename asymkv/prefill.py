@@ -16,6 +16,7 @@ from asymkv.attention import settle
 from asymkv.cache import CompressedCache, Step
 from asymkv.models._compat import CausalLMOutputWithPast
 from asymkv.models.adapter import FamilyAdapter
+from asymkv.narrowing import narrowing
 from asymkv.reconstruction import Reconstruction, compact_scored
 
 # Arguments of a causal LM's forward that are ours to serve; all others go to the decoder, as in transformers.
@@ -82,7 +83,7 @@ class Call:
 
 def run(adapter: FamilyAdapter, lm: PreTrainedModel, cache: CompressedCache, given: dict[str, Any]) -> Any:
     """A causal LM's forward on a compressed cache; returns what the stock forward returns."""
-    _check_mode(lm, cache)
+    _check_mode(lm, cache, given)
     call = parse(cache, given)
     with torch.no_grad():
         hidden, states = _decode_all(adapter, lm, cache, call)
@@ -121,11 +122,17 @@ def parse(cache: CompressedCache, given: dict[str, Any]) -> Call:
     return Call(inputs, ids is None, layout, given.get("labels"), 0 if keep is None else keep, extra)
 
 
-def _check_mode(lm: PreTrainedModel, cache: CompressedCache) -> None:
+def _check_mode(lm: PreTrainedModel, cache: CompressedCache, given: dict[str, Any]) -> None:
     if lm.training and torch.is_grad_enabled():
         raise ValueError("a compressed cache is not differentiable: pass use_cache=False to train, or model.eval()")
     if "loss" in cache.config.options.needs and torch.is_inference_mode_enabled():
         raise ValueError("curvature='loss' needs autograd, which torch.inference_mode forbids; use torch.no_grad")
+    if "stages" in cache.config.options.needs:
+        if cache.layer_tokens is None:
+            raise ValueError("stages belong to a model: make the cache with CompressedCache.for_model")
+        if given.get("output_hidden_states"):
+            raise ValueError("output_hidden_states=True: with stages, hidden states of dropped tokens do not exist in "
+                             "later layers; pass use_cache=False for stock states, or leave stages None")
 
 
 def _new_columns(mask: Tensor | None, past: int, batch: int, columns: int) -> Tensor | None:
@@ -234,7 +241,11 @@ def _run_chunk(
         )
 
     if not step.prompt or not needs & {"loss", "replay"}:
-        return forward(step)
+        with narrowing(cache, adapter.layers(lm), step) as narrower:
+            out = forward(step)
+            if narrower is not None:
+                out.last_hidden_state = narrower.widened(out.last_hidden_state)
+        return out
     if call.embedded:
         raise ValueError("curvature='loss' needs token ids to predict; found inputs_embeds")
     ids = call.layout.take(call.inputs, begin, min(end + 1, max(call.layout.counts)))

@@ -4,9 +4,10 @@
     python scripts/find_retrieval_heads.py --model smollm2 --block 256           # a minute on one CPU core
     python scripts/find_retrieval_heads.py --model smollm2 --kind entropy --text-file report.txt
     python scripts/find_retrieval_heads.py --model smollm2 --kind kvzip --text-file report.txt   # heads for reuse
+    python scripts/find_retrieval_heads.py --model smollm2 --kind stages --text-file report.txt  # layers, for uncomp
 
 Files go where ``razor``, ``duo_attention``, ``headkv`` and ``uncomp`` look for them (``$ASYMKV_CACHE`` or the user's
-cache folder), or into ``--out``. Retrieval scores need no data; entropies and KVzip's scores need a text.
+cache folder), or into ``--out``. Retrieval scores need no data; the others need a text.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from asymkv.analysis.head_entropy import TOP, entropy_scores
+from asymkv.analysis.hidden_entropy import THRESHOLD, measure_stages
 from asymkv.analysis.kvzip_heads import kvzip_scores
 from asymkv.analysis.retrieval_heads import BLOCK, REPEATS, retrieval_scores
 from asymkv.budgets.scored import Retrieval
 from asymkv.head_scores import HeadScores, write_pattern
+from asymkv.layer_stages import KIND as STAGES
 from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
 
-TEXT_KINDS = ("entropy", "kvzip")
+TEXT_KINDS = ("entropy", "kvzip", STAGES)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,15 +40,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help="short name of configs/models.yaml, hub id or folder")
     add("--kind", choices=("retrieval", *TEXT_KINDS), default="retrieval",
-        help="induction and echo scores, entropies, or KVzip's best score of each head")
+        help="induction and echo scores, entropies, KVzip's best score of each head, or the layers' stages")
     add("--out", type=Path, help="folder for <kind>.json instead of the user's cache folder")
     add("--block", type=int, default=BLOCK, help="random tokens in a block; cut where the model's window is short")
     add("--repeats", type=int, default=REPEATS, help="times that the block is read")
     add("--seed", type=int, default=0, help="of the random tokens")
-    add("--text-file", type=Path, help="text for --kind entropy and kvzip")
+    add("--text-file", type=Path, help="text for --kind entropy, kvzip and stages")
     add("--tokens", type=int, default=2048, help="tokens of the text in one sample")
     add("--samples", type=int, default=4, help="samples of the text at most")
     add("--eigenvalues", type=int, default=TOP, help="largest eigenvalues that count")
+    add("--threshold", type=float, default=THRESHOLD, help="change of entropy, in percent, below which a stage begins")
     add("--duo-pattern", type=Path, metavar="FOLDER", help="also write the induction scores as DuoAttention's pattern")
     add("--share", type=float, default=0.15, help="heads to name at the end")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
@@ -52,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.kind in TEXT_KINDS) != (args.text_file is not None):
         parser.error(f"--text-file goes with --kind {' and '.join(TEXT_KINDS)}, which need it")
-    if args.kind == "entropy" and args.duo_pattern is not None:
+    if args.kind in ("entropy", STAGES) and args.duo_pattern is not None:
         parser.error("--duo-pattern is written from retrieval or KVzip scores")
     return args
 
@@ -63,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     spec = resolve_spec(args.model, max_length=sys.maxsize, chat_template=False)
     dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
     model, tokenizer = load_model(spec, dtype=dtype, device=args.device), load_tokenizer(spec)
+    if args.kind == STAGES:
+        return save_stages(args, model, tokenizer)
     if args.kind == "retrieval":
         with tqdm(total=model.config.num_hidden_layers, unit="layer", desc="induction, echo") as bar:
             found = retrieval_scores(
@@ -80,10 +87,26 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def samples_of(args: argparse.Namespace, tokenizer: Any) -> list[Tensor]:
+    """Token ids of the text's first samples, all of one length."""
+    ids = tokenizer(args.text_file.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+    return [s for s in ids.split(args.tokens)[: args.samples] if len(s) >= min(args.tokens, len(ids))]
+
+
+def save_stages(args: argparse.Namespace, model: PreTrainedModel, tokenizer: Any) -> int:
+    """Measures the layers' stages, writes the file and says where they begin."""
+    samples = samples_of(args, tokenizer)
+    with tqdm(total=len(samples) * model.config.num_hidden_layers, unit="layer", desc=STAGES) as bar:
+        found = measure_stages(model, samples, threshold=args.threshold, progress=lambda _: bar.update())
+    print(f"{STAGES}: {found.save(None if args.out is None else args.out / f'{STAGES}.json')}")
+    begin = [i for i, stage in enumerate(found.stages) if i == 0 or stage > found.stages[i - 1]]
+    print(f"{len(begin)} stages, from layers {' '.join(map(str, begin))}")
+    return 0
+
+
 def scores_of_text(args: argparse.Namespace, model: PreTrainedModel, tokenizer: Any) -> HeadScores:
     """Scores that are measured on samples of a text."""
-    ids = tokenizer(args.text_file.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
-    samples = [s for s in ids.split(args.tokens)[: args.samples] if len(s) >= min(args.tokens, len(ids))]
+    samples = samples_of(args, tokenizer)
     if args.kind == "kvzip":
         return kvzip_scores(model, tokenizer, tqdm(samples, unit="sample", desc="kvzip"))
     with tqdm(total=len(samples) * model.config.num_hidden_layers, unit="layer", desc="entropy") as bar:

@@ -14,6 +14,8 @@ from asymkv.rope import Rope, apply_rope
 
 # Called with a layer's index, queries [H, S, D] and keys [H_kv, S, D], both after RoPE, and the factor of the logits.
 Look = Callable[[int, Tensor, Tensor, float], None]
+# Called with an attention module and the hidden states [1, S, hidden_size] that it takes in.
+LookIn = Callable[[Any, Tensor], None]
 
 
 def watch(model: PreTrainedModel, ids: Tensor, look: Look) -> None:
@@ -23,21 +25,32 @@ def watch(model: PreTrainedModel, ids: Tensor, look: Look) -> None:
         ValueError: for a family that has no adapter.
     """
     adapter = get_adapter(model.config.model_type)
-    rope = Rope(adapter.rotary(model))
-    ids = ids.to(model.device)[None]
-    cos, sin = rope.tables(torch.arange(ids.shape[1], device=ids.device)[None], model.dtype)
+    cos, sin = Rope(adapter.rotary(model)).tables(torch.arange(len(ids), device=model.device)[None], model.dtype)
 
-    def hook(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    def look_in(module: Any, hidden: Tensor) -> None:
         q, k, _ = adapter.project(module, hidden)
         tables = cos[:, None].to(q.device), sin[:, None].to(q.device)
         look(module.layer_idx, apply_rope(q, *tables)[0], apply_rope(k, *tables)[0], module.scaling)
+
+    watch_inputs(model, ids, look_in)
+
+
+def watch_inputs(model: PreTrainedModel, ids: Tensor, look: LookIn) -> None:
+    """Runs the model's decoder over ``ids [S]`` and shows what every layer's attention takes in; nothing is kept.
+
+    Raises:
+        ValueError: for a family that has no adapter.
+    """
+    adapter = get_adapter(model.config.model_type)
+
+    def hook(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        look(module, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
     attention = [m for m in model.modules() if isinstance(m, adapter.attention_class())]
     handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in attention]
     try:
         with torch.no_grad():
-            adapter.decoder(model)(input_ids=ids, use_cache=False)
+            adapter.decoder(model)(input_ids=ids.to(model.device)[None], use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

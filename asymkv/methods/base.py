@@ -13,6 +13,8 @@ from asymkv.plan import CompactionPlan, keep_rows
 from asymkv.view import RowView
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from asymkv.config import CompressionConfig
 
 
@@ -28,7 +30,8 @@ class Method:
             ``mass``), "loss" (squared gradient of the chunk's loss, column ``fisher``), "replay" (the past is judged
             by the chunk before the chunk is stored), "whole_prompt" (judges only once the prompt is in),
             "raw_queries" (before RoPE), "output_weight" (the layer's output projection), "reconstruction" (the prompt
-            is replayed once it is in, and judged by the column ``score``: ``asymkv.reconstruction``).
+            is replayed once it is in, and judged by the column ``score``: ``asymkv.reconstruction``), "stages" (layers
+            see no more of a prompt's tokens than :meth:`layer_tokens` says: ``asymkv.narrowing``).
         compresses: False for the full cache.
         splits_budget: whether budgets may differ between heads and layers: what to lose is chosen by :meth:`judge`.
     """
@@ -61,6 +64,14 @@ class Method:
 
     def check_prompt(self, tokens: int, config: CompressionConfig) -> None:
         """Raises ValueError for a prompt of so many own tokens that the method cannot do what is asked."""
+
+    def layer_tokens(self, model: PreTrainedModel) -> tuple[int, ...] | None:
+        """Tokens of a prompt that reach each layer at most, never more than the layer before; None: all.
+
+        Raises:
+            ValueError: where what that follows from is missing or of another model.
+        """
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """The method's own parameters."""

@@ -60,7 +60,7 @@ class SnapKV(Method):
         super().validate(config)
         check_integer("kernel_size", self.kernel_size, 1)
         if self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd; found {self.kernel_size}")
+            raise ValueError(f"kernel_size must be an odd integer >= 1; found {self.kernel_size}")
         check_choice("pooling", self.pooling, POOLINGS)
         check_choice("group_reduce", self.group_reduce, REDUCTIONS)
         check_flag("group_first", self.group_first)

@@ -44,6 +44,10 @@ class FamilyAdapter:
         """The decoder stack: returns hidden states after the final norm."""
         return lm.model
 
+    def layers(self, lm: Any) -> nn.ModuleList:
+        """The decoder's layers, which take hidden states first."""
+        return lm.model.layers
+
     def rotary(self, lm: Any) -> nn.Module:
         """The rotary embedding module."""
         return lm.model.rotary_emb

@@ -154,6 +154,23 @@ def test_padded_batch_equals_rows_alone(family, variant):
     assert cache.tokens_seen.tolist() == [a + 12 + b for a, b in zip(lengths, [60, 40, 9], strict=True)]
 
 
+def test_queries_remembered_in_decode_do_not_depend_on_the_batch():
+    """A row that has room while another is compacted goes on remembering its queries."""
+    model = tiny_model(dtype=torch.float64)
+    ids, mask, alone = left_padded([170, 30])
+    settings = {"method": "uncomp", "head_scores": HEAD_SCORES, "budget": 42, "decode_interval": 5}
+    with asymkv.replace("llama", **settings):
+        batch = model(ids, attention_mask=mask).past_key_values
+        one = model(alone[1]).past_key_values
+        for i in range(26):
+            step = torch.full((2, 1), 10 + i)
+            mask = torch.cat([mask, torch.ones_like(step)], 1)
+            model(step, attention_mask=mask, past_key_values=batch)
+            model(step[:1], past_key_values=one)
+    assert one.compactions and one.num_rows(0)[0].sum() < 2 * one.tokens_seen[0]
+    assert_same_rows(one, batch, row_b=1, rtol=1e-6)
+
+
 def test_right_padding_and_holes_are_never_stored():
     model = tiny_model()
     ids = prompt(12, batch=2)

@@ -359,7 +359,7 @@ def test_a_window_longer_than_the_prompt_is_named(name):
     ("chunkkv", {"scorer": "nothing"}, "unknown scorer 'nothing'; allowed: .*snapkv"),
     ("criticalkv", {"scorer": {"kind": "h2o", "kernel": 3}}, "unknown settings .*kernel.* of scorer 'h2o'.*normalize"),
     ("snapkv", {"pooling": "sum"}, "pooling='sum'; allowed: .*avg"),
-    ("headkv", {"pooling": "none"}, "pooling='none'; allowed: .*max"),
+    ("headkv", {"pooling": "median"}, "pooling='median'; allowed: .*max"),
     ("uncomp", {"pooling": 3}, "pooling=3; allowed: .*max"),
     ("snapkv", {"kernel_size": 4}, "kernel_size must be odd; found 4"),
     ("snapkv", {"group_reduce": "sum"}, "group_reduce='sum'; allowed: .*mean"),
