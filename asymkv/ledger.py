@@ -103,7 +103,7 @@ class BudgetLedger:
         out: list[Request | None] = [None] * len(counts)
         if not self.config.options.compresses:
             return out
-        rows, _ = self.budget_rows()
+        rows, raised = self.budget_rows()
         tokens, config = self._prompt_lengths(), self.config
         for row, count in enumerate(counts):
             due = is_prompt[row]
@@ -112,8 +112,7 @@ class BudgetLedger:
                 due = self.pending[row] >= config.decode_interval
             if due and count:
                 self.pending[row] = 0
-                raised = config.ratio is not None and rows[row] > int(config.ratio * tokens[row]) + 1
-                ratio = None if raised else config.ratio
+                ratio = None if raised[row] else config.ratio
                 out[row] = Request(
                     rows[row], tokens[row], ratio, config.sink_size, config.window_size, self._seen_after(row, count)
                 )

@@ -113,6 +113,18 @@ class KVzip(Method):
             raise ValueError("continue_ids and suffix_ids go with repeat_ids, which is None")
         self._check_level(config)
 
+    def check_prompt(self, tokens: int, config: CompressionConfig) -> None:
+        """A prefix that is always kept must leave room for the context.
+
+        Raises:
+            ValueError: for a budget that the prefix fills.
+        """
+        prefix = self.prefix if self.keep_prefix and isinstance(self.prefix, int) else 0
+        rows = config.budget if config.ratio is None else int(config.ratio * tokens)
+        if isinstance(rows, int) and prefix >= rows < tokens and self.compresses:
+            raise ValueError(f"prefix={prefix} rows are always kept, and {rows} rows per KV head hold nothing else; "
+                             "give a larger budget or ratio, or keep_prefix=False")
+
     def _check_level(self, config: CompressionConfig) -> None:
         """A level is a split of the budget; "head" and "pair_uniform" mean exactly one."""
         joint, ragged = config.layer_split.joint, config.head_split.ragged

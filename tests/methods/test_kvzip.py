@@ -219,3 +219,13 @@ def test_defaults_of_the_levels():
     assert made["layer"].head_budgets == {"kind": "adaptive", "mode": "hard", "floor": 0}
     assert all(c.decode_interval == 0 and c.window_size == 0 for c in made.values())
     assert asymkv.CompressionConfig("kvzip", layer_budgets="uniform").layer_budgets == "uniform"
+
+
+@pytest.mark.parametrize("size", [{"budget": 30}, {"ratio": 0.15}])
+def test_a_prefix_that_fills_the_budget_is_refused(size):
+    model = tiny_model()
+    settings = {"method": "kvzip", "prefix": 30, **OPTIONS["kvzip"], **size}
+    with asymkv.replace("llama", model=model, **settings), pytest.raises(ValueError, match="prefix=30.*keep_prefix"):
+        model(prompt(200))
+    with asymkv.replace("llama", model=model, keep_prefix=False, **settings):
+        assert model(prompt(200)).past_key_values.num_rows(0).sum() > 0
