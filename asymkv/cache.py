@@ -278,9 +278,12 @@ class CompressedCache(BudgetLedger, Cache):
 
     def measure(self, layer: CompressedLayer) -> None:
         """Updates the peaks after an append to one layer."""
-        self._bytes[layer.index] = layer.nbytes
-        self.peak_nbytes = max(self.peak_nbytes, sum(self._bytes))
-        self.peak_rows = max(self.peak_rows, layer.mean_rows())
+        size = layer.nbytes
+        if size != self._bytes[layer.index]:
+            self._bytes[layer.index] = size
+            self.peak_nbytes = max(self.peak_nbytes, sum(self._bytes))
+        if layer.storage.width > self.peak_rows:  # the mean of a row's heads is not above the longest head
+            self.peak_rows = max(self.peak_rows, layer.mean_rows())
 
     # -- batch and history ---------------------------------------------------------------------------------------
     def crop(self, tokens_to_remove: int) -> None:

@@ -140,6 +140,8 @@ class BudgetLedger:
 
     def exceeding(self, requests: list[Request | None], counts: list[int]) -> list[bool]:
         """Per row of the batch: whether the whole cache holds more than was asked for, ``counts`` tokens added."""
+        if all(r is None for r in requests):
+            return [False] * len(counts)  # every decode step but those that compact
         layers = len(self.layers)
         new = [self.reaching(i, counts) for i in range(layers)]
         held = [
