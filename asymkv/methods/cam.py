@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from asymkv.checks import check_choice, check_flag
 from asymkv.methods.base import Method
-from asymkv.methods.merging import leaving_rows, require_choice, require_flags, take, wide
+from asymkv.methods.merging import leaving_rows, take, wide
 from asymkv.plan import CompactionPlan, keep_rows
 from asymkv.view import RowView
 
@@ -57,8 +58,9 @@ class CaM(Method):
                 that is none.
         """
         super().validate(config)
-        require_choice("select", self.select, SELECTIONS)
-        require_flags({"deterministic": self.deterministic, "count_bias": self.count_bias})
+        check_choice("select", self.select, SELECTIONS)
+        check_flag("deterministic", self.deterministic)
+        check_flag("count_bias", self.count_bias)
         for name, least in (("merge_budget", 1), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

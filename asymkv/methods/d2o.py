@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from asymkv.checks import check_choice, check_flag, check_number
 from asymkv.methods.base import Method
-from asymkv.methods.merging import Fold, leaving_rows, nearest_row, require_choice, require_flags, require_number
+from asymkv.methods.merging import Fold, leaving_rows, nearest_row
 from asymkv.plan import CompactionPlan, keep_rows
 from asymkv.view import RowView
 
@@ -58,10 +59,10 @@ class D2O(Method):
             ValueError: for an unknown mode, a weight outside 0 to 1, or a flag that is none.
         """
         super().validate(config)
-        require_choice("mode", self.mode, MODES)
-        require_number("alpha", self.alpha, 0, 1)
-        require_number("beta", self.beta, 0, 1)
-        require_flags({"count_bias": self.count_bias})
+        check_choice("mode", self.mode, MODES)
+        check_number("alpha", self.alpha, 0, 1)
+        check_number("beta", self.beta, 0, 1)
+        check_flag("count_bias", self.count_bias)
 
     def score(self, view: RowView) -> Tensor:
         """Accumulated attention mass, summed over the query heads of a group."""

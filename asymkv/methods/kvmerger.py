@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from asymkv.checks import check_choice, check_flag, check_number
 from asymkv.methods.base import Method
-from asymkv.methods.merging import TINY, require_choice, require_flags, require_number, take, wide
+from asymkv.methods.merging import TINY, take, wide
 from asymkv.plan import CompactionPlan, contract_pairs, keep_rows
 from asymkv.view import RowView
 
@@ -60,12 +61,12 @@ class KVMerger(Method):
             ValueError: for an unknown choice, a number out of range, or counts beside summed values.
         """
         super().validate(config)
-        require_choice("rope_mode", self.rope_mode, ROPE_MODES)
-        require_choice("value_scale", self.value_scale, VALUE_SCALES)
-        require_number("protect_share", self.protect_share, 0, 1)
-        require_flags({"count_bias": self.count_bias})
+        check_choice("rope_mode", self.rope_mode, ROPE_MODES)
+        check_choice("value_scale", self.value_scale, VALUE_SCALES)
+        check_number("protect_share", self.protect_share, 0, 1)
+        check_flag("count_bias", self.count_bias)
         if self.sigma is not None:
-            require_number("sigma", self.sigma, TINY, float("inf"))
+            check_number("sigma", self.sigma, TINY)
         if self.count_bias and self.value_scale == "sum":
             raise ValueError("count_bias=True counts the members already; value_scale must be 'mean', found 'sum'")
 

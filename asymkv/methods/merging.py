@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,25 +10,6 @@ from torch import Tensor
 from asymkv.observations import BLOCK_ELEMENTS
 
 TINY = 1e-6  # norms below it count as it, so that a zero row has similarity 0
-
-
-def require_flags(options: dict[str, Any]) -> None:
-    """Raises ValueError for an option that is neither True nor False."""
-    for name, value in options.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} must be True or False; found {value!r}")
-
-
-def require_choice(name: str, value: Any, allowed: Collection[str]) -> None:
-    """Raises ValueError for a value that is none of the allowed ones."""
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}; allowed: {list(allowed)}")
-
-
-def require_number(name: str, value: Any, low: float, high: float) -> None:
-    """Raises ValueError for anything but a number from ``low`` to ``high``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ValueError(f"{name} must be a number from {low} to {high}; found {value!r}")
 
 
 def wide(rows: Tensor) -> Tensor:

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from asymkv.checks import check_choice, check_flag, check_number
 from asymkv.methods.base import Method
 from asymkv.methods.merging import (
     TINY,
     Fold,
     leaving_rows,
     nearest_row,
-    require_choice,
-    require_flags,
-    require_number,
     wide,
 )
 from asymkv.plan import CompactionPlan, keep_rows
@@ -71,12 +69,12 @@ class ValueMerge(Method):
             ValueError: for an unknown choice or a number out of range.
         """
         super().validate(config)
-        require_choice("mode", self.mode, MODES)
-        require_choice("select", self.select, SELECTIONS)
-        require_number("merge_fraction", self.merge_fraction, 0, 1)
-        require_flags({"count_bias": self.count_bias})
+        check_choice("mode", self.mode, MODES)
+        check_choice("select", self.select, SELECTIONS)
+        check_number("merge_fraction", self.merge_fraction, 0, 1)
+        check_flag("count_bias", self.count_bias)
         if self.threshold is not None:
-            require_number("threshold", self.threshold, -1, 1)
+            check_number("threshold", self.threshold, -1, 1)
 
     def score(self, view: RowView) -> Tensor:
         """Accumulated attention mass of the group, or the negative length of the key."""

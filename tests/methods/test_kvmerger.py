@@ -217,7 +217,7 @@ def test_neighbours_that_are_alike_merge_first():
     ({"rope_mode": "none"}, "rope_mode='none'; allowed:.*pre.*post"),
     ({"value_scale": 2}, "value_scale=2; allowed:.*mean.*sum"),
     ({"protect_share": 2}, "protect_share must be a number from 0 to 1; found 2"),
-    ({"sigma": 0}, "sigma must be a number from 1e-06 to inf; found 0"),
+    ({"sigma": 0}, "sigma must be a number >= 1e-06; found 0"),
     ({"count_bias": 0}, "count_bias must be True or False; found 0"),
     ({"count_bias": True, "value_scale": "sum"}, "value_scale must be 'mean', found 'sum'"),
 ], ids=str)  # fmt: skip
