@@ -47,6 +47,12 @@ class BudgetLedger:
         self.expected_prompt = [n + b for n, b in zip(new_tokens, before, strict=True)]
         self.prompt_until = [n + s for n, s in zip(new_tokens, seen, strict=True)]
 
+    def is_prompt(self, counts: list[int]) -> list[bool]:
+        """Per row, whether ``counts[b]`` new tokens would be prompt; see :meth:`count_prompt`."""
+        seen = self.layers[0].tokens or [0] * len(counts)
+        until = self.prompt_until or [0] * len(counts)
+        return [c > 1 or s == 0 or s < u for c, s, u in zip(counts, seen, until, strict=False)]
+
     def count_prompt(self, counts: list[int]) -> list[bool]:
         """Per row, whether ``counts[b]`` new tokens are prompt: several, the first of a row, or part of an announced
         prompt; else one generated token.
@@ -61,7 +67,7 @@ class BudgetLedger:
             raise ValueError(f"the cache holds a batch of {len(self.prompt_tokens)}; found one of {len(counts)}")
         seen = self.layers[0].tokens or [0] * len(counts)
         until = self.prompt_until or [0] * len(counts)
-        prompt = [c > 1 or s == 0 or s < u for c, s, u in zip(counts, seen, until, strict=True)]
+        prompt = self.is_prompt(counts)
         if "whole_prompt" in self.config.options.needs:
             short = [u - s for c, s, u in zip(counts, seen, until, strict=True) if s + c < u]
             if short:

@@ -171,7 +171,7 @@ def _decode_all(
     keep = call.logits_to_keep
     first = 0 if isinstance(keep, Tensor) or not keep else max(layout.columns - keep, 0)
     rebuild = None
-    if "reconstruction" in cache.config.options.needs:
+    if "reconstruction" in cache.config.options.needs and any(cache.is_prompt(layout.counts)):
         ids = None if call.embedded else layout.take(call.inputs, 0, max(layout.counts))
         rebuild = Reconstruction.of(adapter, lm, cache, ids, layout.counts)
     prompt = cache.start_call(layout.counts)
