@@ -170,8 +170,11 @@ def compact_due(cache: CompressedCache, layer: CompressedLayer, step: Step, seen
 def settle(cache: CompressedCache, step: Step) -> None:
     """Compacts all layers once every one of them has judged its rows, as the split over layers decides."""
     waiting = [layer.judgement for layer in cache.layers]
-    if not any(step.due) or any(each is None for each in waiting):
+    if not cache.deferred or not any(step.due):
         return
+    silent = [i for i, each in enumerate(waiting) if each is None]
+    if silent:
+        raise RuntimeError(f"layers {silent} did not judge their rows, so that nothing would be compacted")
     views, judged = [], []
     home = cache.layers[0].storage.device
     for layer, found in zip(cache.layers, waiting, strict=True):

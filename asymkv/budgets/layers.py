@@ -61,6 +61,11 @@ class LayerBudgets:
     deferred: ClassVar[bool] = False
     joint: ClassVar[bool] = False
 
+    @property
+    def exact(self) -> bool:
+        """Whether the rows kept never exceed the request; else by less than one per head."""
+        return True
+
     def rows(self, request: Request, layers: int) -> list[int]:
         """Rows per head of each layer, known before the forward."""
         return [request.rows] * layers
@@ -101,6 +106,10 @@ class Pyramid(LayerBudgets):
     def __post_init__(self) -> None:
         check_number("beta of layer_budgets='pyramid'", self.beta, 1)
         check_choice("variant of layer_budgets='pyramid'", self.variant, VARIANTS)
+
+    @property
+    def exact(self) -> bool:
+        return self.variant == "paper"
 
     def rows(self, request: Request, layers: int) -> list[int]:
         """A straight line from the first layer to the last."""
@@ -202,6 +211,10 @@ class Global(LayerBudgets):
     def __post_init__(self) -> None:
         check_number("floor of layer_budgets='global'", self.floor, 0, 1)
         check_choice("rounding of layer_budgets='global'", self.rounding, ROUNDINGS)
+
+    @property
+    def exact(self) -> bool:
+        return self.rounding == "rows"
 
     def split(self, judged: Sequence[Judged], requests: Sequence[Request | None], heads: HeadBudgets) -> list[Tensor]:
         """The cheapest units of the whole cache."""

@@ -132,7 +132,8 @@ def check_stored(arm: Arm, cache: CompressedCache, tokens: int, extra: int) -> N
         extra += min(arm.config.chunk or tokens, tokens)
     uniform = arm.config.head_budgets == "uniform" and arm.config.layer_budgets == "uniform"
     found = max(counts) if uniform else sum(counts) / len(counts)
-    if found > allowed + extra:
+    rounding = 0 if arm.config.layer_split.exact else 1
+    if found > allowed + extra + rounding:
         raise StoredTooMuchError(
             f"{arm.name} holds {found:g} rows per KV head after {tokens} prompt tokens; its settings "
             f"({arm.config.describe()}) allow {allowed} and {extra} rows since the last compaction"

@@ -122,6 +122,9 @@ class AsymKV(Method):
             view.evidence["pair_weight"] = cost.weight.clamp(*PAIR_WEIGHT_RANGE)
         elif self.curvature == "output":
             view.evidence["curvature"] = key_curvature(view)
+        elif self.curvature == "loss" and "fisher" in view.statistics:
+            # Held here: the column may be gone by the time that layers which wait for each other are compacted.
+            view.evidence["curvature"] = view.statistics["fisher"]
         free = ~view.protected(self.sink_size, self.window_size)
         return self.pair_score(view, cost), free[..., 1:] & free[..., :-1]
 
@@ -160,7 +163,7 @@ class AsymKV(Method):
             return _chain_weights(view.evidence["pair_weight"], pairs, destination)
         if self.curvature == "cardinality":
             return None
-        curvature = view.evidence["curvature"] if self.curvature == "output" else view.statistics.get("fisher")
+        curvature = view.evidence.get("curvature")
         if curvature is None:
             return None
         return convex_weights(curvature, view.cardinality, destination)

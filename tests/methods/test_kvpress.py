@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from kvpress_model import TOKENIZER, ids, model
+from kvpress_model import TOKENIZER, TOKENS, ids, model
 
 import asymkv
+from asymkv.longbench.arms import Arm, StoredTooMuchError, check_stored
 from asymkv.paths import config_root
 
 TABLE = json.loads((Path(__file__).parents[1] / "data" / "kvpress_positions.json").read_text(encoding="utf-8"))
@@ -33,3 +34,14 @@ def test_positions(lm, case, tmp_path):
 def test_every_kvpress_setting_is_held_to_kvpress():
     shipped = {p.stem for p in (config_root() / "methods").glob("kvpress_*.yaml")}
     assert {c["setting"] for c in TABLE["cases"]} == shipped and TABLE["versions"]["kvpress"] == "0.5.5"
+
+
+@pytest.mark.parametrize("setting", ["kvpress_pyramidkv", "kvpress_snapkv"])
+def test_the_runner_takes_their_rounding_and_no_more(lm, setting):
+    """Layers that round by themselves keep 150.5 rows of 301 on average; one row more than that is refused."""
+    config = asymkv.CompressionConfig.load(setting, ratio=0.5)
+    with asymkv.replace("llama", config, model=lm):
+        cache = lm(ids()).past_key_values
+    check_stored(Arm(setting, config), cache, TOKENS, 0)
+    with pytest.raises(StoredTooMuchError, match="rows per KV head"):
+        check_stored(Arm(setting, config), cache, TOKENS - 4, 0)

@@ -105,3 +105,16 @@ def test_embeddings_have_no_labels():
     embeds = model.get_input_embeddings()(prompt(100)).detach()
     with asymkv.replace("llama", **SETTINGS), pytest.raises(ValueError, match="token ids"):
         model(inputs_embeds=embeds)
+
+
+def test_layers_that_wait_for_each_other_merge_by_the_fisher_too():
+    """Without compactions in decode the column is dropped after the chunk, yet the merge of that chunk uses it."""
+    model = tiny_model()
+    caches = []
+    none, later = {"decode_interval": 0}, {"decode_interval": 64}
+    for settings in (none, later, {**none, "curvature": "cardinality"}):
+        settings = {"curvature": "loss", "layer_budgets": "global", "budget": 60, "chunk_size": 200, **settings}
+        with asymkv.replace("llama", model=model, **settings):
+            caches.append(model(prompt(200)).past_key_values)
+    assert all(torch.equal(a, b) for a, b in zip(caches[0].keys(0)[0], caches[1].keys(0)[0], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(caches[0].keys(0)[0], caches[2].keys(0)[0], strict=True))
