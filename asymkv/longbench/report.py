@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from asymkv.longbench import metrics
+from asymkv.longbench import metrics, suites
 from asymkv.longbench.arms import FULL, NONE
 from asymkv.longbench.data import ENGLISH_TASKS, Row, read_jsonl
 from asymkv.longbench.retention import pooled_ratio, retention_pairs
@@ -93,10 +93,15 @@ def _arm_report(arm: ArmRun, arms: Sequence[ArmRun], seed: int) -> dict[str, Any
     }
     buckets = {name: _score_e(name, rows) for name, rows in answered.items() if name.endswith("_e")}
     reference = {name: _rouge_reference(rows) for name, rows in answered.items() if _is_english_rouge(name)}
-    return report | {key: value for key, value in (("scores_e", buckets), ("rouge_score_l", reference)) if value}
+    details = {name: found for name, rows in answered.items() if (found := _details(name, rows))}
+    further = (("scores_e", buckets), ("rouge_score_l", reference), ("details", details))
+    return report | {key: value for key, value in further if value}
 
 
 def _score(dataset: str, rows: Sequence[Row]) -> float:
+    benchmark = suites.find(dataset)
+    if benchmark is not None:
+        return benchmark.total(rows)
     return metrics.score_dataset(
         dataset, [row["pred"] for row in rows], [row["answers"] for row in rows], rows[-1]["all_classes"]
     )
@@ -112,8 +117,14 @@ def _score_e(dataset: str, rows: Sequence[Row]) -> dict[str, float]:
     )
 
 
+def _details(dataset: str, rows: Sequence[Row]) -> dict[str, float] | None:
+    """Further scores of a suite's dataset; None where it has none."""
+    benchmark = suites.find(dataset)
+    return None if benchmark is None or benchmark.details is None else benchmark.details(rows)
+
+
 def _is_english_rouge(dataset: str) -> bool:
-    return metrics.metric_for(dataset) is metrics.rouge_score
+    return suites.find(dataset) is None and metrics.metric_for(dataset) is metrics.rouge_score
 
 
 def _rouge_reference(rows: Sequence[Row]) -> float:
@@ -220,12 +231,26 @@ def markdown(report: Mapping[str, Any], arms: Sequence[ArmRun]) -> str:
     lines = ["# Scores", "", *_conditions(arms), ""]
     lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(row) + " |" for row in cells]
+    lines += _detail_lines(report)
     lines += [
         "",
         "R is context retention, (NLL_none - NLL) / (NLL_none - NLL_full) of the gold answer: 1 = the full cache,",
         "0 = no context at all; the interval is a bootstrap over rows. MB and share are of the cache after the prompt.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _detail_lines(report: Mapping[str, Any]) -> list[str]:
+    """A table for each dataset with further scores."""
+    lines: list[str] = []
+    for dataset in dict.fromkeys(name for arm in report.values() for name in arm.get("details", {})):
+        found = {name: arm["details"][dataset] for name, arm in report.items() if dataset in arm.get("details", {})}
+        columns = list(dict.fromkeys(column for scores in found.values() for column in scores))
+        lines += ["", f"{dataset}:", "", "| method | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
+        for name, scores in found.items():
+            cells = [_number(scores.get(column, NAN)) for column in columns]
+            lines.append("| " + " | ".join([name, *cells]) + " |")
+    return lines
 
 
 def _conditions(arms: Sequence[ArmRun]) -> list[str]:

@@ -1,0 +1,66 @@
+"""scripts/pred.py and scripts/eval.py over generated rows and rows of several questions, on a tiny random model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCBENCH = {
+    "context": " ".join(f"k{i}: v{i};" for i in range(80)),
+    "multi_turns": [{"input": f"Key k{i}?", "answer": f"v{i}"} for i in (3, 70)],
+}
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path):
+    """Runs pred and eval with these arguments and returns the scores."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    pred, scoring = importlib.import_module("pred"), importlib.import_module("eval")
+
+    def start(*arguments: str, out: str = "run") -> dict:
+        settings = ["--model", str(tiny_folder), "--max-length", "1500", "--dtype", "float32", "--device", "cpu"]
+        settings += ["--methods", "full,none,streaming_llm", "--ratio", "0.4", "--set", "window_size=8"]
+        pred.main([*settings, "--max-new-tokens", "4", "--out", str(tmp_path / out), *arguments])
+        return scoring.main([str(tmp_path / out)])
+
+    return start
+
+
+def test_ruler_runs_from_generation_to_the_table(run, tmp_path: Path) -> None:
+    options = {"ruler": {"lengths": [1400], "rows": 1}, "ruler_cwe": {"words": 2}}
+    arguments = ["--datasets", "ruler", "--options", json.dumps(options)]
+    scores = run(*arguments)
+    assert len(scores["full"]["scores"]) == 7 and all(value >= 0 for value in scores["full"]["scores"].values())
+    record = json.loads((tmp_path / "run" / "full" / "ruler_niah_multikey.jsonl").read_text(encoding="utf-8"))
+    assert record["depth"] == 0.05 and record["target_len"] == 1400 and record["removed_tokens"] == 0
+    assert "| ruler_niah_single | ruler_niah_multikey |" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=r"rows\.ruler_cwe"):
+        run("--datasets", "ruler", "--options", json.dumps({**options, "ruler_cwe": {"words": 2, "seed": 1}}))
+
+
+@pytest.mark.parametrize("mode", ["shared", "multi_turn"])
+def test_scbench_runs_in_both_modes(mode: str, run, tmp_path: Path) -> None:
+    (tmp_path / "scbench_kv.jsonl").write_text((json.dumps(SCBENCH) + "\n") * 2, encoding="utf-8")
+    arguments = ["--data-dir", str(tmp_path), "--options", json.dumps({"scbench": {"mode": mode}})]
+    scores = run("--datasets", "scbench_kv", "--protocol", "context", *arguments)
+    for arm in ("full", "none", "streaming_llm"):
+        assert set(scores[arm]["details"]["scbench_kv"]) == {"turn 1", "turn 2"}
+        records = (tmp_path / "run" / arm / "scbench_kv.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [len(json.loads(record)["pred"]) for record in records] == [2, 2]
+    assert scores["full"]["retention"]["rows"] == 2
+    assert "| method | turn 1 | turn 2 |" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=r"rows\.scbench_kv"):
+        run("--datasets", "scbench_kv", "--protocol", "context", "--data-dir", str(tmp_path),
+            "--options", json.dumps({"scbench": {"mode": mode, "turns": 1}}))  # fmt: skip
+
+
+def test_bad_options_stop_before_anything_runs(run, capsys) -> None:
+    with pytest.raises(SystemExit):
+        run("--options", "{ruler: 1}")
+    assert "argument --options: not JSON" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="options for 'rulr'"):
+        run("--datasets", "ruler_vt", "--options", '{"rulr": {}}')
