@@ -22,7 +22,7 @@ from asymkv.longbench.data import Row, Task
 from asymkv.longbench.prompts import Prompt, answer_ids, follow_up, shared_prompts
 
 Record = dict[str, Any]
-SHARED = "shared"
+SHARED, GOLD = "shared", "gold"
 SUMMED = ("question_tokens", "question_seconds", "new_tokens", "decode_steps", "decode_seconds", "gold_tokens")
 
 
@@ -51,7 +51,8 @@ def measure_turns(subject: single.Subject, arm: Arm, task: Task, row: Row, proto
     """Runs one row of several questions; the record has one prediction, loss and score entry per question.
 
     Raises:
-        ValueError: for ``shared`` under protocol ``prompt``, where no question may be in view.
+        ValueError: for ``shared`` under protocol ``prompt``, where a question would be in view, and for a conversation
+            on the model's own answers where none are generated.
         StoredTooMuchError: if the cache holds more than the arm allows.
     """
     shared = row["mode"] == SHARED
@@ -60,6 +61,8 @@ def measure_turns(subject: single.Subject, arm: Arm, task: Task, row: Row, proto
             f"{task.dataset}: mode 'shared' compresses the context before any question is known; "
             f"it runs under protocol context, found {protocol.name}"
         )
+    if not shared and row["earlier"] != GOLD and not protocol.generate:
+        raise ValueError(f"{task.dataset}: earlier 'model' goes on from the model's answers, so they must be generated")
     prompts = _prompts(subject, task, row, shared)
     prompts = [prompt.without_context() for prompt in prompts] if arm.bare else prompts
     first, rest = retention.split_prompt(prompts[0], protocol.name)
@@ -116,7 +119,7 @@ def _in_turn(
     prefix: retention.Prefix, rest: Sequence[int],
 ) -> Iterator[Record]:  # fmt: skip
     cache, logits, new = prefix.cache, prefix.last_logits, list(rest)
-    gold = row["earlier"] == "gold"
+    gold = row["earlier"] == GOLD
     for number, turn in enumerate(row["turns"]):
         prompt = prompts[0] if number == 0 else follow_up(turn["input"], subject.tokenizer, chat=_chats(subject, task))
         clock, seen = single.Clock(subject.model.device), int(cache.tokens_seen[0])
@@ -147,10 +150,7 @@ def _gold_ids(subject: single.Subject, task: Task, asked: _Asked, protocol: sing
 def _answer(
     subject: single.Subject, task: Task, asked: _Asked, protocol: single.Protocol, cache: Any
 ) -> tuple[Record, list[int]]:
-    """Loss of the gold answer and the greedy answer after a question; the ids that were said but not fed to ``cache``.
-
-    Without generation there is no answer of the model to go on from.
-    """
+    """Loss of the gold answer, and the greedy answer after a question; also the ids said but not fed to ``cache``."""
     gold = _gold_ids(subject, task, asked, protocol)
     state = retention.Prefix(asked.cache, asked.logits)
     loss = retention.answer_nll(subject.model, state, [], gold) if gold else None

@@ -182,3 +182,13 @@ def test_a_long_context_is_cut_once_for_all_questions(subject) -> None:
 def test_shared_is_refused_where_a_question_would_be_in_view(subject, tmp_path) -> None:
     with pytest.raises(ValueError, match="runs under protocol context, found prompt"):
         run(subject, load(tmp_path, mode="shared"), "full", "prompt")
+
+
+def test_losses_alone_need_gold_answers_in_the_conversation(subject, tmp_path) -> None:
+    (arm,) = arms.make_arms(["full"])
+    task, silent = data.load_tasks(["scbench_kv"])["scbench_kv"], Protocol("context", generate=False)
+    with asymkv.replace("llama", arm.config, model=subject.model):
+        record = measure(subject, arm, task, load(tmp_path), silent)
+        assert "pred" not in record and record["nll"] > 0
+        with pytest.raises(ValueError, match="so they must be generated"):
+            measure(subject, arm, task, load(tmp_path, earlier="model"), silent)
