@@ -94,9 +94,9 @@ def load_tasks(datasets: Iterable[str], longbench_config: str | Path | None = No
         longbench_config: folder with LongBench's ``dataset2prompt.json`` and ``dataset2maxlen.json``; without it
             LongBench's files are fetched once, checked and cached. Embedded tasks and suites need neither.
     """
-    names = list(datasets)
     from asymkv.longbench import suites
 
+    names = list(datasets)
     tasks = {name: embedded_tasks()[name] for name in names if name in embedded_tasks()}
     tasks |= {name: found.task for name in names if (found := suites.find(name)) is not None}
     rest = [name for name in names if name not in tasks]
@@ -180,6 +180,8 @@ def load_rows(
     if suite is not None:
         rows = suite.build(suites.Source(None if data_dir is None else Path(data_dir), reader), options or {})
     elif data_dir is not None:
+        if options:
+            raise ValueError(f"{dataset} is read from {data_dir} and takes no options, found {', '.join(options)}")
         rows = read_jsonl(Path(data_dir) / f"{dataset}.jsonl")
     elif dataset in embedded_tasks():
         from asymkv.longbench.embedded import build_rows

@@ -157,9 +157,7 @@ def _rows(
 ) -> list[Row]:
     given = options or {}
     suites.check_options(given, embedded_tasks())
-    return load_rows(
-        task, data_dir=data_dir, row_ids=row_ids, options=suites.options_for(task, given), reader=reader
-    )
+    return load_rows(task, data_dir=data_dir, row_ids=row_ids, options=suites.options_for(task, given), reader=reader)
 
 
 def load_sample(

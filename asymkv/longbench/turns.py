@@ -63,7 +63,7 @@ def measure_turns(subject: single.Subject, arm: Arm, task: Task, row: Row, proto
         )
     if not shared and row["earlier"] != GOLD and not protocol.generate:
         raise ValueError(f"{task.dataset}: earlier 'model' goes on from the model's answers, so they must be generated")
-    prompts = _prompts(subject, task, row, shared)
+    prompts = _prompts(subject, task, row, protocol)
     prompts = [prompt.without_context() for prompt in prompts] if arm.bare else prompts
     first, rest = retention.split_prompt(prompts[0], protocol.name)
     clock = single.Clock(subject.model.device)
@@ -81,24 +81,34 @@ def measure_turns(subject: single.Subject, arm: Arm, task: Task, row: Row, proto
     return record | _joined(turns)
 
 
-def _prompts(subject: single.Subject, task: Task, row: Row, shared: bool) -> list[Prompt]:
-    """The questions behind the context; in a conversation, only the first one, with room left for the others."""
+def _prompts(subject: single.Subject, task: Task, row: Row, protocol: single.Protocol) -> list[Prompt]:
+    """The questions behind the context; in a conversation, only the first one, with room left for what follows."""
     questions = [turn["input"] for turn in row["turns"]]
     tokenizer, spec, reserve = subject.tokenizer, subject.spec, 0
-    if not shared:
-        limits = [_limit(task, turn) for turn in row["turns"]]
-        later = (follow_up(question, tokenizer, chat=_chats(subject, task)) for question in questions[1:])
-        reserve = sum(len(prompt.question_ids) for prompt in later) + sum(limits[:-1])
+    if row["mode"] != SHARED:
+        later = [follow_up(question, tokenizer, chat=_chats(subject, task)) for question in questions[1:]]
+        earlier = [_room(subject, task, row, turn, protocol) for turn in row["turns"][:-1]]
+        reserve = sum(len(prompt.question_ids) for prompt in later) + sum(earlier)
         questions = questions[:1]
     return shared_prompts(row, questions, task.template, tokenizer, spec, raw=task.raw, reserve=reserve)
+
+
+def _room(subject: single.Subject, task: Task, row: Row, turn: Row, protocol: single.Protocol) -> int:
+    """Tokens that an answer may have which later turns follow."""
+    if row["earlier"] != GOLD:
+        return _limit(task, turn, protocol)
+    ids = subject.tokenizer(task.gold(turn["answers"])[0], add_special_tokens=False, verbose=False)["input_ids"]
+    # One more for the space that may join it.
+    return min(len(ids) + 1, protocol.max_gold_tokens)
 
 
 def _chats(subject: single.Subject, task: Task) -> bool:
     return subject.spec.chat_template and not task.raw
 
 
-def _limit(task: Task, turn: Row) -> int:
-    return turn.get("max_new_tokens", task.max_new_tokens)
+def _limit(task: Task, turn: Row, protocol: single.Protocol) -> int:
+    longest = turn.get("max_new_tokens", task.max_new_tokens)
+    return min(longest, protocol.max_new_tokens or longest)
 
 
 def _on_copies(
@@ -161,11 +171,8 @@ def _answer(
     record |= {"task": asked.turn["task"]} if "task" in asked.turn else {}
     if not protocol.generate:
         return record, []
-    longest = _limit(task, asked.turn)
-    clock = single.Clock(subject.model.device)
-    said, fed = single.greedy(
-        subject.model, cache, asked.logits, min(longest, protocol.max_new_tokens or longest), subject.stop_ids
-    )
+    clock, limit = single.Clock(subject.model.device), _limit(task, asked.turn, protocol)
+    said, fed = single.greedy(subject.model, cache, asked.logits, limit, subject.stop_ids)
     record |= {
         "pred": subject.tokenizer.decode(said, skip_special_tokens=True), "new_tokens": len(said),
         "decode_steps": fed, "decode_seconds": clock.lap(),

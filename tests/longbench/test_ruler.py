@@ -107,7 +107,7 @@ def test_variable_chains_resolve_to_the_answers(chains: int, hops: int, kind: st
         assert [name for name, value in values.items() if value == row["input"]] == row["answers"]
         shown = interpret(row["example"])
         asked = re.search(r"hold the value (\d+)\?", row["example"]).group(1)
-        assert row["example"].endswith(" ".join(name for name in shown if shown[name] == asked) + "\n\n")
+        assert row["example"].endswith(", ".join(name for name in shown if shown[name] == asked) + "\n\n")
 
 
 def test_common_words_are_the_most_frequent(reader) -> None:

@@ -58,6 +58,34 @@ def test_scbench_runs_in_both_modes(mode: str, run, tmp_path: Path) -> None:
             "--options", json.dumps({"scbench": {"mode": mode, "turns": 1}}))  # fmt: skip
 
 
+def write_published_files(folder: Path) -> None:
+    asked = {"id": "q", "question": "Who?", "answers": [{"text": "Ann"}]}
+    unasked = {"id": "r", "question": "Why?", "answers": [], "is_impossible": True}
+    for name, questions in (("dev-v1.1.json", [asked]), ("dev-v2.0.json", [asked, unasked])):
+        table = {"data": [{"paragraphs": [{"context": "Ann sat.", "qas": questions}]}]}
+        (folder / name).write_text(json.dumps(table), encoding="utf-8")
+    (folder / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "It is #### 2"}\n', encoding="utf-8")
+    choices = {f"choice_{letter}": letter for letter in "ABCD"}
+    record = {"_id": "a", "domain": "d", "sub_domain": "s", "difficulty": "easy", "length": "short", "question": "?",
+              **choices, "answer": "A", "context": "long " * 500}  # fmt: skip
+    (folder / "data.json").write_text(json.dumps([record]), encoding="utf-8")
+    talk = {"input": "talk", "instructions": ["First?"], "outputs": ["tea"]}
+    (folder / "topic_retrieval.jsonl").write_text(json.dumps(talk) + "\n", encoding="utf-8")
+
+
+def test_published_files_run_to_their_details(run, tmp_path: Path) -> None:
+    write_published_files(tmp_path)
+    names = "squad,squad_v2,gsm8k,longbench_v2,topic_retrieval"
+    scores = run("--datasets", names, "--data-dir", str(tmp_path), "--methods", "full", "--protocol", "context")["full"]
+    assert scores["rows"] == {"squad": 1, "squad_v2": 2, "gsm8k": 1, "longbench_v2": 1, "topic_retrieval": 1}
+    assert set(scores["details"]["squad_v2"]) == {
+        "exact_match", "answerable f1", "answerable exact_match", "unanswerable f1", "unanswerable exact_match",
+    }  # fmt: skip
+    assert set(scores["details"]["longbench_v2"]) == {"easy", "short"} and "strict" in scores["details"]["gsm8k"]
+    cut = json.loads((tmp_path / "run" / "full" / "longbench_v2.jsonl").read_text(encoding="utf-8"))
+    assert cut["removed_tokens"] > 1000 and (cut["domain"], cut["length"]) == ("d", "short")
+
+
 def test_bad_options_stop_before_anything_runs(run, capsys) -> None:
     with pytest.raises(SystemExit):
         run("--options", "{ruler: 1}")

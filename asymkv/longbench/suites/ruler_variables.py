@@ -69,7 +69,7 @@ def _example(rng: random.Random, chains: int, hops: int) -> str:
     context = "\n".join(hide([NOISE] * EXAMPLE_PIECES, made, places))
     value, names = made[0]
     asked = QUESTION.format(context=context, input=value)
-    return f"{asked}\n{ANSWER_PREFIX.format(holders=len(names), input=value)} {' '.join(names)}\n\n"
+    return f"{asked}\n{ANSWER_PREFIX.format(holders=len(names), input=value)} {', '.join(names)}\n\n"
 
 
 def _row(

@@ -65,7 +65,7 @@ def _common_row(
     shown, common, others = found[:size], found[size : size + words], found[size + words :]
     listed = _repeated(shown[:words], shown[words:], (example_repeats[0], example_repeats[1]), rng.random())
     asked = COMMON_QUESTION.format(context=number_list(listed), input=words)
-    example = f"{asked}\n{COMMON_PREFIX.format(input=words)} {number_list(shown[:words])}\n\n"
+    example = f"{asked}\n{COMMON_PREFIX.format(input=words)} {', '.join(shown[:words])}\n\n"
     seed = rng.random()
 
     def make(used: int) -> Row:
