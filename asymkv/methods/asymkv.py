@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["AsymKV", "AsymKVEvict", "convex_weights", "upstream_compact"]
 
 CURVATURES = ("loss", "output", "cardinality")
-KEY_WEIGHTS = ("curvature", "output_error")
+KEY_WEIGHTS = ("curvature", "output_error", "attention", "mean")
 PAIR_RULES = ("attention", "output_error")
+VALUE_RULES = ("cardinality", "symmetric")
 
 # Share of the cardinality weight mixed into every curvature weight, and the curvature below which it takes over.
 MIX, VANISHING = 1e-5, 1e-30
@@ -40,8 +41,11 @@ class AsymKV(Method):
     Args:
         curvature: what weighs a key in a merge: "loss" (squared gradient of the chunk's LM loss, the paper's Fisher
             diagonal), "output" (Gauss-Newton of the attention output, forward only), "cardinality".
-        key_weights: "curvature" (per dimension), or "output_error" (the scalar weight that minimises the change of
-            the attention output, per pair).
+        key_weights: "curvature" (per dimension), "output_error" (the scalar weight that minimises the change of the
+            attention output, per pair), "attention" (the attention that a row gets) or "mean" (rows count alike).
+        value_rule: "cardinality" (values by the tokens they stand for, and log n in attention: lossless where keys
+            are equal, the paper's LMA), or "symmetric" (values by the keys' weights, and a merged row counts as one
+            token: the paper's control).
         pair_rule: "attention" (lowest sum of attention, the paper's) or "output_error" (smallest change of the
             attention output at the merge's own best weight).
         position_factor: multiply a pair's attention by ``exp(-(i + 1) / gamma)``, ``gamma = 4096 / ln 512``, as the
@@ -60,6 +64,7 @@ class AsymKV(Method):
     curvature: str = "cardinality"
     key_weights: str = "curvature"
     pair_rule: str = "attention"
+    value_rule: str = "cardinality"
     position_factor: bool = False
     cardinality_factor: bool = False
     mean_attention: bool = True
@@ -84,7 +89,7 @@ class AsymKV(Method):
         """
         super().validate(config)
         choices = {"curvature": CURVATURES, "key_weights": KEY_WEIGHTS, "pair_rule": PAIR_RULES}
-        for name, allowed in choices.items():
+        for name, allowed in {**choices, "value_rule": VALUE_RULES}.items():
             check_choice(name, getattr(self, name), allowed)
         for name in ("position_factor", "cardinality_factor", "mean_attention", "upstream_compat"):
             check_flag(name, getattr(self, name))
@@ -117,21 +122,45 @@ class AsymKV(Method):
         """
         view = sampled(view, self.max_queries)
         cost = pair_cost(view) if "output_error" in (self.pair_rule, self.key_weights) else None
+        self._note_weights(view, cost)
+        free = ~view.protected(self.sink_size, self.window_size)
+        return self.pair_score(view, cost), free[..., 1:] & free[..., :-1]
+
+    def _note_weights(self, view: RowView, cost: PairCost | None) -> None:
+        """Leaves in ``view.evidence`` what the keys' weights are made of."""
         if self.key_weights == "output_error":
             assert cost is not None
             view.evidence["pair_weight"] = cost.weight.clamp(*PAIR_WEIGHT_RANGE)
-        elif self.curvature == "output":
+        elif self.key_weights == "attention":
+            view.evidence["mean_attention"] = attention_mass(view) / exposure(view)
+        elif self.key_weights == "curvature" and self.curvature == "output":
             view.evidence["curvature"] = key_curvature(view)
-        elif self.curvature == "loss" and "fisher" in view.statistics:
+        elif self.key_weights == "curvature" and self.curvature == "loss" and "fisher" in view.statistics:
             # Held here: the column may be gone by the time that layers which wait for each other are compacted.
             view.evidence["curvature"] = view.statistics["fisher"]
-        free = ~view.protected(self.sink_size, self.window_size)
-        return self.pair_score(view, cost), free[..., 1:] & free[..., :-1]
 
     def carry_out(self, view: RowView, chosen: Tensor) -> CompactionPlan:
         """Contracts the chosen pairs."""
         destination = contract_pairs(chosen)
-        return CompactionPlan(destination, self.key_weight(view, chosen, destination))
+        weight = self.key_weight(view, chosen, destination)
+        if self.value_rule == "cardinality":
+            return CompactionPlan(destination, weight)
+        share = group_shares(self.tokens(view) if weight is None else weight, destination)
+        keys = view.rope.rotate(group_sums(share * view.unrotate(view.keys), destination), view.rotary_positions)
+        values = group_sums(share.mean(-1, keepdim=True) * view.values, destination)
+        touched = group_sums(torch.ones_like(share[..., :1]), destination) > 1
+        view.keys = torch.where(touched, keys.to(view.keys.dtype), view.keys)
+        view.values = torch.where(touched, values.to(view.values.dtype), view.values)
+        index = torch.arange(destination.shape[-1], device=destination.device)
+        return keep_rows((destination == index) & view.valid)
+
+    def tokens(self, view: RowView) -> Tensor:
+        """Tokens that each row stands for, ``[B, H_kv, T]``: its cardinality, or where that is not kept, its share."""
+        if self.value_rule == "cardinality":
+            return view.cardinality
+        # Nothing is dropped and only neighbours merge, so a row stands for all tokens since the row before it.
+        before = torch.nn.functional.pad(view.positions[..., :-1], (1, 0), value=-1)
+        return torch.where(view.valid, view.positions - before, 1)
 
     def pair_score(self, view: RowView, cost: PairCost | None) -> Tensor:
         """Cost of contracting rows j and j + 1, ``[B, H_kv, T - 1]``."""
@@ -146,7 +175,7 @@ class AsymKV(Method):
         if self.position_factor:
             score = score * upstream.position_factor(score.shape[-1] + 1, self.sink_size, score)
         if self.cardinality_factor:
-            n = view.cardinality.to(score.dtype)
+            n = self.tokens(view).to(score.dtype)
             score = score * (n[..., 1:] + n[..., :-1])
         return score
 
@@ -154,19 +183,25 @@ class AsymKV(Method):
         """Weight on row j that the merge of j and j + 1 will use, as far as it is a scalar."""
         if self.key_weights == "output_error":
             return view.evidence["pair_weight"]
-        n = view.cardinality.to(cost.a.dtype)
+        if self.key_weights == "mean":
+            return torch.full_like(cost.a, 0.5)
+        n = self.tokens(view).to(cost.a.dtype)
         return n[..., :-1] / (n[..., 1:] + n[..., :-1])
 
     def key_weight(self, view: RowView, pairs: Tensor, destination: Tensor) -> Tensor | None:
         """Convex weights of keys, ``[B, H_kv, T]`` or ``[B, H_kv, T, D]``; None = cardinality."""
         if self.key_weights == "output_error":
             return _chain_weights(view.evidence["pair_weight"], pairs, destination)
+        if self.key_weights == "attention":
+            return view.evidence["mean_attention"]
+        if self.key_weights == "mean":
+            return torch.ones_like(destination, dtype=torch.float32)
         if self.curvature == "cardinality":
             return None
         curvature = view.evidence.get("curvature")
         if curvature is None:
             return None
-        return convex_weights(curvature, view.cardinality, destination)
+        return convex_weights(curvature, self.tokens(view), destination)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +217,9 @@ class AsymKVEvict(AsymKV):
         super().validate(config)
         if self.upstream_compat:
             raise ValueError("asymkv_evict has no upstream_compat=True; allowed: False")
+        if self.value_rule != "cardinality":
+            raise ValueError("asymkv_evict merges nothing; value_rule must be 'cardinality', "
+                             f"found {self.value_rule!r}")
 
     def judge(self, view: RowView) -> tuple[Tensor, Tensor]:
         """As AsymKV; leaves the mean attention of each row in ``view.evidence``."""
@@ -215,14 +253,25 @@ def convex_weights(curvature: Tensor, cardinality: Tensor, destination: Tensor) 
     h = curvature.to(torch.promote_types(curvature.dtype, torch.float32))
     n = cardinality.to(h.dtype)[..., None]
     known = (h.amax(-1, keepdim=True) > 0).to(h.dtype)
-    index = destination.clamp(min=0)[..., None]
-
-    def group_sum(x: Tensor) -> Tensor:
-        spread = index.expand_as(x)
-        return torch.zeros_like(x).scatter_add_(2, spread, x).gather(2, spread)
-
-    density = group_sum(h * known) / group_sum(n * known).clamp(min=VANISHING)
+    density = group_sums(h * known, destination) / group_sums(n * known, destination).clamp(min=VANISHING)
     return torch.where(known > 0, h, n * density) + n * (MIX * density + VANISHING)
+
+
+def group_sums(rows: Tensor, destination: Tensor) -> Tensor:
+    """``rows [B, H_kv, T, D]``, each replaced by the sum of its group, ``destination [B, H_kv, T]``."""
+    index = destination.clamp(min=0)[..., None].expand_as(rows)
+    return torch.zeros_like(rows).scatter_add_(2, index, rows).gather(2, index)
+
+
+def group_shares(weight: Tensor, destination: Tensor) -> Tensor:
+    """Weights ``[B, H_kv, T]`` or ``[B, H_kv, T, D]`` over their groups' sums, ``[B, H_kv, T, 1 or D]``.
+
+    The members of a group without weight have equal shares.
+    """
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    weight = weight if weight.dim() > destination.dim() else weight[..., None]
+    total = group_sums(weight, destination)
+    return torch.where(total > 0, weight / total, 1 / group_sums(torch.ones_like(weight), destination))
 
 
 def _chain_weights(weight: Tensor, pairs: Tensor, destination: Tensor) -> Tensor:
