@@ -17,6 +17,20 @@ export OMP_WAIT_POLICY = PASSIVE
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
+# What the reproduce targets run on: LongBench rows and prompts where given, else tasks that the package builds itself.
+MODEL ?= smollm2
+PROTOCOL ?= context
+DTYPE ?= bfloat16
+DEVICE ?= cpu
+LONGBENCH_CONFIG ?=
+ARGS ?=
+EMBEDDED = --sample all --tasks needle passage_retrieval code_completion
+ROWS = $(if $(DATA_DIR),--data-dir $(DATA_DIR) $(if $(LONGBENCH_CONFIG),--longbench-config $(LONGBENCH_CONFIG)),$(EMBEDDED))
+TEXTS ?=
+ROWS += $(if $(TEXTS),--texts $(TEXTS))
+HEADS = results/.heads-$(subst /,_,$(MODEL))
+ON = --model $(MODEL) --dtype $(DTYPE) --device $(DEVICE)
+
 .PHONY: install demo test test-oldest test-gpu bench-gpu lint format clean readme
 
 SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -54,6 +68,24 @@ bench-gpu: install  ## the benchmarks on a CUDA device
 	$(BIN)/python scripts/bench_ops.py --device cuda --dtypes bfloat16 --out benchmarks/results/ops_gpu
 	$(BIN)/python scripts/bench_model.py --model llama-3.1-8b-random --batches 1,4,8 --device cuda \
 	  --out benchmarks/results/model_gpu
+
+# A killed run goes on where it stopped. Tables, csv and figure lie in results/<name>-<protocol>.
+reproduce-main: install $(HEADS)  ## every method on the same rows at the same share of rows
+	$(BIN)/python scripts/fidelity.py --experiment methods $(ON) $(ROWS) --protocol $(PROTOCOL) \
+	  --out results/main-$(PROTOCOL) $(ARGS)
+
+reproduce-speed: install  ## prefill, memory and decode of AsymKV beside the plain cache
+	$(BIN)/python scripts/bench_prefill_decode.py --model $(MODEL) --out results/speed $(ARGS)
+
+reproduce-%: install  ## any experiment of configs/experiments: budgets, ablation, foundation
+	$(BIN)/python scripts/fidelity.py --experiment $* $(ON) $(ROWS) --protocol $(PROTOCOL) \
+	  --out results/$*-$(PROTOCOL) $(ARGS)
+
+# Head scores that razor, duo_attention, headkv and uncomp need, measured once per model.
+$(HEADS): | install
+	$(BIN)/python scripts/find_retrieval_heads.py --model $(MODEL) --block 512
+	$(BIN)/python scripts/find_retrieval_heads.py --model $(MODEL) --kind entropy --text-file README.md
+	mkdir -p results && touch $@
 
 lint: install  ## ruff, formatting, types, house rules
 	$(BIN)/ruff check .

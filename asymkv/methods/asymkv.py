@@ -15,18 +15,17 @@ from asymkv.methods import upstream
 from asymkv.methods.base import Method
 from asymkv.methods.upstream import upstream_compact
 from asymkv.observations import PairCost, attention_mass, exposure, key_curvature, pair_cost, sampled
-from asymkv.plan import CompactionPlan, contract_pairs, keep_rows
+from asymkv.plan import CompactionPlan, contract_pairs
 from asymkv.view import RowView
 
 if TYPE_CHECKING:
     from asymkv.config import CompressionConfig
 
-__all__ = ["AsymKV", "AsymKVEvict", "convex_weights", "upstream_compact"]
+__all__ = ["AsymKV", "convex_weights", "upstream_compact"]
 
 CURVATURES = ("loss", "output", "cardinality")
 KEY_WEIGHTS = ("curvature", "output_error", "attention", "mean")
 PAIR_RULES = ("attention", "output_error")
-VALUE_RULES = ("cardinality", "symmetric")
 
 # Share of the cardinality weight mixed into every curvature weight, and the curvature below which it takes over.
 MIX, VANISHING = 1e-5, 1e-30
@@ -43,9 +42,6 @@ class AsymKV(Method):
             diagonal), "output" (Gauss-Newton of the attention output, forward only), "cardinality".
         key_weights: "curvature" (per dimension), "output_error" (the scalar weight that minimises the change of the
             attention output, per pair), "attention" (the attention that a row gets) or "mean" (rows count alike).
-        value_rule: "cardinality" (values by the tokens they stand for, and log n in attention: lossless where keys
-            are equal, the paper's LMA), or "symmetric" (values by the keys' weights, and a merged row counts as one
-            token: the paper's control).
         pair_rule: "attention" (lowest sum of attention, the paper's) or "output_error" (smallest change of the
             attention output at the merge's own best weight).
         position_factor: multiply a pair's attention by ``exp(-(i + 1) / gamma)``, ``gamma = 4096 / ln 512``, as the
@@ -64,7 +60,6 @@ class AsymKV(Method):
     curvature: str = "cardinality"
     key_weights: str = "curvature"
     pair_rule: str = "attention"
-    value_rule: str = "cardinality"
     position_factor: bool = False
     cardinality_factor: bool = False
     mean_attention: bool = True
@@ -89,7 +84,7 @@ class AsymKV(Method):
         """
         super().validate(config)
         choices = {"curvature": CURVATURES, "key_weights": KEY_WEIGHTS, "pair_rule": PAIR_RULES}
-        for name, allowed in {**choices, "value_rule": VALUE_RULES}.items():
+        for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)
         for name in ("position_factor", "cardinality_factor", "mean_attention", "upstream_compat"):
             check_flag(name, getattr(self, name))
@@ -142,25 +137,11 @@ class AsymKV(Method):
     def carry_out(self, view: RowView, chosen: Tensor) -> CompactionPlan:
         """Contracts the chosen pairs."""
         destination = contract_pairs(chosen)
-        weight = self.key_weight(view, chosen, destination)
-        if self.value_rule == "cardinality":
-            return CompactionPlan(destination, weight)
-        share = group_shares(self.tokens(view) if weight is None else weight, destination)
-        keys = view.rope.rotate(group_sums(share * view.unrotate(view.keys), destination), view.rotary_positions)
-        values = group_sums(share.mean(-1, keepdim=True) * view.values, destination)
-        touched = group_sums(torch.ones_like(share[..., :1]), destination) > 1
-        view.keys = torch.where(touched, keys.to(view.keys.dtype), view.keys)
-        view.values = torch.where(touched, values.to(view.values.dtype), view.values)
-        index = torch.arange(destination.shape[-1], device=destination.device)
-        return keep_rows((destination == index) & view.valid)
+        return CompactionPlan(destination, self.key_weight(view, chosen, destination))
 
     def tokens(self, view: RowView) -> Tensor:
-        """Tokens that each row stands for, ``[B, H_kv, T]``: its cardinality, or where that is not kept, its share."""
-        if self.value_rule == "cardinality":
-            return view.cardinality
-        # Nothing is dropped and only neighbours merge, so a row stands for all tokens since the row before it.
-        before = torch.nn.functional.pad(view.positions[..., :-1], (1, 0), value=-1)
-        return torch.where(view.valid, view.positions - before, 1)
+        """Tokens that each row stands for, ``[B, H_kv, T]``."""
+        return view.cardinality
 
     def pair_score(self, view: RowView, cost: PairCost | None) -> Tensor:
         """Cost of contracting rows j and j + 1, ``[B, H_kv, T - 1]``."""
@@ -204,39 +185,6 @@ class AsymKV(Method):
         return convex_weights(curvature, self.tokens(view), destination)
 
 
-@dataclasses.dataclass(frozen=True)
-class AsymKVEvict(AsymKV):
-    """The control of AsymKV: the same scores, protected rows and row count, but a run keeps one row and drops the rest.
-
-    Of each run of pairs the row with the most attention stays, with cardinality 1. Takes AsymKV's arguments.
-    """
-
-    title: ClassVar[str] = "AsymKV's selection without merging (control)"
-
-    def validate(self, config: CompressionConfig) -> None:
-        super().validate(config)
-        if self.upstream_compat:
-            raise ValueError("asymkv_evict has no upstream_compat=True; allowed: False")
-        if self.value_rule != "cardinality":
-            raise ValueError("asymkv_evict merges nothing; value_rule must be 'cardinality', "
-                             f"found {self.value_rule!r}")
-
-    def judge(self, view: RowView) -> tuple[Tensor, Tensor]:
-        """As AsymKV; leaves the mean attention of each row in ``view.evidence``."""
-        seen = sampled(view, self.max_queries)
-        view.evidence["mean_attention"] = attention_mass(seen) / exposure(seen)
-        return super().judge(view)
-
-    def carry_out(self, view: RowView, chosen: Tensor) -> CompactionPlan:
-        """Keeps the most attended row of each run."""
-        group, mass = contract_pairs(chosen), view.evidence["mean_attention"]
-        best = torch.zeros_like(mass).scatter_reduce_(-1, group, mass, "amax", include_self=False)
-        index = torch.arange(group.shape[-1], device=group.device).expand_as(group)
-        leads = torch.where(mass == best.gather(-1, group), index, group.shape[-1])
-        first = torch.full_like(index, group.shape[-1]).scatter_reduce_(-1, group, leads, "amin")
-        return keep_rows((first.gather(-1, group) == index) & view.valid)
-
-
 def convex_weights(curvature: Tensor, cardinality: Tensor, destination: Tensor) -> Tensor:
     """Newton weights of keys that fall back smoothly to cardinality where the curvature vanishes.
 
@@ -261,17 +209,6 @@ def group_sums(rows: Tensor, destination: Tensor) -> Tensor:
     """``rows [B, H_kv, T, D]``, each replaced by the sum of its group, ``destination [B, H_kv, T]``."""
     index = destination.clamp(min=0)[..., None].expand_as(rows)
     return torch.zeros_like(rows).scatter_add_(2, index, rows).gather(2, index)
-
-
-def group_shares(weight: Tensor, destination: Tensor) -> Tensor:
-    """Weights ``[B, H_kv, T]`` or ``[B, H_kv, T, D]`` over their groups' sums, ``[B, H_kv, T, 1 or D]``.
-
-    The members of a group without weight have equal shares.
-    """
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    weight = weight if weight.dim() > destination.dim() else weight[..., None]
-    total = group_sums(weight, destination)
-    return torch.where(total > 0, weight / total, 1 / group_sums(torch.ones_like(weight), destination))
 
 
 def _chain_weights(weight: Tensor, pairs: Tensor, destination: Tensor) -> Tensor:

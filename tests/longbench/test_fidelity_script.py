@@ -11,6 +11,7 @@ import yaml
 from asymkv.longbench import fidelity, fidelity_report, sample
 from asymkv.longbench.arms import StoredTooMuchError
 from asymkv.longbench.records import RecordFolder, Shard
+from asymkv.paths import config_root
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "fidelity.py"
 ARMS = [
@@ -252,9 +253,11 @@ def test_bad_shards_raise(text):
         Shard.parse(text)
 
 
-def test_the_shipped_experiment_and_sample_are_sound():
-    experiment = fidelity.load_experiment("foundation")
-    assert len({(cell.name, cell.config.ratio) for cell in experiment.cells()}) == 1 + 2 * (len(experiment.arms) - 1)
+@pytest.mark.parametrize("name", sorted(path.stem for path in (config_root() / "experiments").glob("*.yaml")))
+def test_the_shipped_experiments_and_their_sample_are_sound(name):
+    experiment = fidelity.load_experiment(name)
+    cells = {(cell.name, cell.config.ratio) for cell in experiment.cells()}
+    assert len(cells) == 1 + len(experiment.ratios) * (len(experiment.arms) - 1)
     chosen = sample.read_sample(experiment.sample)
     assert list(chosen.tasks) == list(sample.STANDING_TASKS)
     assert {len(ids) for ids in chosen.tasks.values()} == {sample.ROWS_PER_TASK}

@@ -6,7 +6,9 @@ from tiny_models import assert_close, prompt, tiny_model
 
 import asymkv
 from asymkv.layer import CompressedLayer
-from asymkv.methods.asymkv import AsymKV, AsymKVEvict, convex_weights
+from asymkv.methods import METHODS
+from asymkv.methods.asymkv import AsymKV, convex_weights
+from asymkv.methods.asymkv_controls import AsymKVEvict, AsymKVSymmetric
 from asymkv.observations import attention_mass, exposure, key_curvature, pair_cost, sampled
 from asymkv.ops.reference import lma_attention
 from asymkv.plan import contract_pairs, execute
@@ -35,7 +37,8 @@ def make_view(rows=24, queries=9, budget=14, sink=2, window=3, dtype=torch.float
 
 
 def method(cls=AsymKV, **options):
-    config = CONFIG("asymkv_evict" if cls is AsymKVEvict else "asymkv", sink_size=2, window_size=3, **options)
+    name = next(name for name, registered in METHODS.items() if registered is cls)
+    config = CONFIG(name, sink_size=2, window_size=3, **options)
     return config.options
 
 
@@ -208,7 +211,7 @@ def test_symmetric_values_take_the_keys_weights_and_count_once(options):
     _, view = make_view()
     layer, view.cardinality = CompressedLayer(), torch.ones_like(view.cardinality)
     layer.append(view.keys, view.values)
-    options = method(value_rule="symmetric", **options)
+    options = method(AsymKVSymmetric, **options)
     pairs = chosen_pairs(options, view)
     weight = options.key_weight(view, pairs, contract_pairs(pairs))
     weight = torch.ones(1, 2, 24).double() if weight is None else weight.double()
@@ -233,7 +236,7 @@ def test_symmetric_rows_remember_their_tokens_by_their_positions():
         again = layer.view(view.rope, 0.25)
         again.queries, again.query_positions = view.queries, view.query_positions
         again.budget = torch.full_like(view.budget, budget)
-        layer.storage = execute(method(value_rule="symmetric").plan(again), again, layer.storage, "original")
+        layer.storage = execute(method(AsymKVSymmetric).plan(again), again, layer.storage, "original")
     ends = layer.storage.rows("position", 0).long() + 1
     starts = torch.nn.functional.pad(ends[:-1], (1, 0))
     means = torch.stack([before[a:b].mean(0) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)])

@@ -44,7 +44,7 @@ ROWS = {
 # Nothing but chunks is protected: the window's chunk ranks highest, and may be cut from by the ratio.
 UNPROTECTED = {"kvpress_chunkkv"}
 # What a merger changes beside the rows that it merges.
-MERGERS = {"asymkv", "cam", "d2o", "kvmerger", "razor", "value_merge"}
+MERGERS = {"asymkv", "asymkv_symmetric", "cam", "d2o", "kvmerger", "razor", "value_merge"}
 KEYS_STAY = {"cam", "cam_streaming", "cam_counts", "value_merge", "value_merge_counts"}
 # Cardinalities of a head sum to its tokens.
 COUNTS_ALL = {"asymkv", "asymkv_adaptive", "asymkv_paper", "asymkv_error", "asymkv_global", "kvmerger_counts", "razor",
