@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import abc
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,8 @@ import yaml
 from asymkv.budgets import parse_bytes
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from asymkv.cache import CompressedCache
     from asymkv.config import CompressionConfig
 
@@ -22,13 +26,59 @@ FULL = "full"
 NONE = "none"
 
 
-class StoredTooMuchError(RuntimeError):
+class ArmError(RuntimeError):
+    """An arm cannot be measured; the others of a run can."""
+
+
+class StoredTooMuchError(ArmError):
     """A compressed arm holds more than its budget allows, so its results would be another method's."""
 
 
+class BaseArm(abc.ABC):
+    """One column of a comparison: what is done to the model's cache, and what may be left of it.
+
+    While an arm is applied, the model fills, compresses and continues caches of the arm's own kind, so that measuring
+    takes the same calls for every arm.
+    """
+
+    name: str
+    bare: bool
+
+    @property
+    @abc.abstractmethod
+    def compresses(self) -> bool:
+        """Whether this is anything but the full cache."""
+
+    @abc.abstractmethod
+    def applied(self, model: PreTrainedModel) -> contextlib.AbstractContextManager[Any]:
+        """The model under this arm, unpatched again afterwards."""
+
+    @abc.abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """All that the arm's numbers depend on, for a run's record."""
+
+    @abc.abstractmethod
+    def stored(self, cache: Any, model: PreTrainedModel) -> dict[str, Any]:
+        """Rows and bytes that the cache of one sequence holds, and held at most; plain json types."""
+
+    @abc.abstractmethod
+    def check(self, cache: Any, tokens: int, extra: int) -> None:
+        """Raises where the cache of one sequence holds more than the arm allows.
+
+        Args:
+            cache: of one sequence.
+            tokens: prompt tokens that were compressed.
+            extra: rows that may have come since.
+        """
+
+    def uncompacted(self, fed: int) -> int:
+        """Of ``fed`` tokens that followed the prompt one by one, how many may still be there uncompressed."""
+        return fed
+
+
 @dataclasses.dataclass(frozen=True)
-class Arm:
-    """One column of a comparison.
+class Arm(BaseArm):
+    """An arm of this library.
 
     Args:
         name: folder and label.
@@ -39,6 +89,52 @@ class Arm:
     name: str
     config: CompressionConfig
     bare: bool = False
+
+    @property
+    def ratio(self) -> float | None:
+        """Share of rows kept, where the budget is one."""
+        return self.config.ratio
+
+    @property
+    def compresses(self) -> bool:
+        return self.config.options.compresses
+
+    def applied(self, model: PreTrainedModel) -> contextlib.AbstractContextManager[Any]:
+        import asymkv
+
+        return asymkv.replace(model.config.model_type, self.config, model=model)
+
+    def settings(self) -> dict[str, Any]:
+        return self.config.to_dict()
+
+    def stored(self, cache: CompressedCache, model: PreTrainedModel) -> dict[str, Any]:
+        counts, tokens, stats = stored_rows(cache), int(cache.tokens_seen[0]), cache.stats()
+        return {
+            "tokens_seen": tokens,
+            "rows_min": min(counts),
+            "rows_max": max(counts),
+            "stored_bytes": cache.nbytes,
+            "full_bytes": full_cache_bytes(model, tokens),
+            "kept_ratio": sum(counts) / (len(counts) * tokens),
+            "peak_rows": int(stats["peak_rows"]),
+            "peak_bytes": int(stats["peak_nbytes"]),
+            "compactions": int(stats["compactions"]),
+            "backend": str(stats["backend"]),
+        }
+
+    def check(self, cache: CompressedCache, tokens: int, extra: int) -> None:
+        check_stored(self, cache, tokens, extra)
+
+    def uncompacted(self, fed: int) -> int:
+        interval = self.config.decode_interval
+        return min(fed, interval) if interval and self.compresses else fed
+
+
+def full_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Bytes of keys and values of ``tokens`` tokens in a plain cache, in the model's dtype."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * tokens * model.dtype.itemsize
 
 
 def parse_settings(assignments: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -125,6 +125,7 @@ def _row_summary(results: Results, cell: CellKey) -> Record:
         "prefill_seconds": column["prefill_seconds"].mean(),
         "needles": len(found),
         "needles_found": sum(found),
+        "nominal_ratio": np.mean([record.get("nominal_ratio", record["kept_ratio"]) for record in records]),
         **{f"retention_{task}": value for task, value in estimate.by_task.items()},
     }
 
