@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from asymkv.longbench import fidelity, models, peers, runner
 from asymkv.longbench.data import Row, Task, load_tasks
+from asymkv.longbench.fidelity_joint import write_joint_report
 from asymkv.longbench.fidelity_report import write_report
 from asymkv.longbench.files import write_atomic
 from asymkv.longbench.measure import Subject
@@ -169,24 +170,27 @@ def measure_presses(
     return measure_cells(args, experiment, inputs, run, presses, conditions)
 
 
-def run_model(args: argparse.Namespace, argv: Sequence[str], model: str, out: Path) -> dict[str, str]:
+def run_model(
+    args: argparse.Namespace, argv: Sequence[str], spec: models.ModelSpec, experiment: fidelity.Experiment, out: Path
+) -> dict[str, str]:
     """Measures one model into its folder, presses in the worker, and writes its report."""
-    chat_template = False if args.no_chat_template else None
-    spec = models.resolve_spec(model, max_length=args.max_length, chat_template=chat_template)
-    experiment = fidelity.join_experiments([fidelity.load_experiment(name) for name in args.experiment])
-    if args.kvpress_worker:
-        return measure_presses(args, spec, experiment, RecordFolder(out, fidelity.record_key, args.shard, peers.WORKER))
     folder = RecordFolder(out, fidelity.record_key, args.shard)
     refused: dict[str, str] = {}
     if not args.report_only:
         refused, missing = measure_own(args, spec, experiment, folder)
         try:
             if missing:
-                refused |= peers.start_worker(__file__, [*argv, "--model", model, "--out", str(out)])
+                refused |= peers.start_worker(__file__, [*argv, "--model", spec.path, "--out", str(out)])
         except PressError as error:
             refused["presses of kvpress"] = str(error)
     print(write_report(folder, experiment))
-    return refused
+    return {f"{spec.name}, {arm}": why for arm, why in refused.items()}
+
+
+def run_worker(args: argparse.Namespace, spec: models.ModelSpec, experiment: fidelity.Experiment) -> dict[str, str]:
+    """What ``run_model`` starts in kvpress's environment, for one model."""
+    folder = RecordFolder(args.out, fidelity.record_key, args.shard, peers.WORKER)
+    return measure_presses(args, spec, experiment, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -195,15 +199,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO)
     torch.set_num_threads(args.threads)
+    chat_template = False if args.no_chat_template else None
+    specs = [models.resolve_spec(m, max_length=args.max_length, chat_template=chat_template) for m in args.model]
     if args.write_sample:
-        write_sample(args, models.resolve_spec(args.model[0], max_length=args.max_length))
+        write_sample(args, specs[0])
         return
+    experiment = fidelity.join_experiments([fidelity.load_experiment(name) for name in args.experiment])
     if args.kvpress_worker:
-        peers.answer(lambda: run_model(args, argv, args.model[0], args.out))
+        peers.answer(lambda: run_worker(args, specs[0], experiment))
         return
-    refused = run_model(args, argv, args.model[0], args.out)
+    folders = model_folders(specs, args.out)
+    refused = {}
+    for spec in specs:
+        refused |= run_model(args, argv, spec, experiment, folders[spec.name])
+    if len(specs) > 1:
+        read = {name: RecordFolder(folder, fidelity.record_key) for name, folder in folders.items()}
+        print(write_joint_report(args.out, read, experiment))
     if refused:
         raise SystemExit("not measured:\n" + "\n".join(f"{arm}: {why}" for arm, why in refused.items()))
+
+
+def model_folders(specs: Sequence[models.ModelSpec], out: Path) -> dict[str, Path]:
+    """Where each model's records go: of one model the folder itself, of several a subfolder each."""
+    names = [spec.name for spec in specs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"models must have different names, got {names}")
+    return {name: out if len(names) == 1 else out / name for name in names}
 
 
 if __name__ == "__main__":
