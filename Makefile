@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY = PASSIVE
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test test-oldest test-gpu bench-gpu lint format clean readme
+.PHONY: install kvpress demo test test-oldest test-gpu bench-gpu lint format clean readme
 
 SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -37,6 +37,9 @@ endif
 	touch $@
 
 install: $(VENV)/.installed  ## venv with everything the demo and the tests need
+
+kvpress: install  ## kvpress and its transformers, beside this library's, for comparisons with its presses
+	$(BIN)/python -m asymkv.longbench.peers --install
 
 demo: install  ## install, get SmolLM2, run AsymKV, StreamingLLM and the full cache, print the table
 	$(BIN)/python scripts/demo.py

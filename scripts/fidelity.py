@@ -165,7 +165,7 @@ def measure_presses(
     cells = experiment.cells(args.arms)
     full = PressArm(cells[0].name)
     run = fidelity.FidelityRun(inputs.subject, args.protocol, out)
-    conditions = {"peer": peers.versions(), "full_cache": run.compare_full(full, inputs.tasks, inputs.rows)}
+    conditions = {"peer": peers.versions(), "full_cache": run.compare_full(full.name, inputs.tasks, inputs.rows)}
     presses = [full, *(cell for cell in cells if isinstance(cell, PressArm))]
     return measure_cells(args, experiment, inputs, run, presses, conditions)
 

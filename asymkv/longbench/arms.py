@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 FULL = "full"
 # The full cache on a prompt whose context is empty: the floor of context retention.
 NONE = "none"
+# Before the class of a press of kvpress.
+PRESS_PREFIX = "kvpress:"
 
 
 class ArmError(RuntimeError):
@@ -155,25 +157,41 @@ def make_arms(
     budget: int | str | None = None,
     ratio: float | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
-) -> list[Arm]:
+) -> list[BaseArm]:
     """Builds the arms of a run.
 
     Args:
-        names: registered methods, shipped settings or paths of yaml files, ``full``, and ``none``.
+        names: registered methods, shipped settings or paths of yaml files, ``full``, ``none``, and presses of kvpress
+            (``kvpress:SnapKVPress``, ``kvpress:AdaKVPress(SnapKVPress)``; their arms are named ``kvpress_SnapKVPress``,
+            ``kvpress_AdaKVPress_SnapKVPress``).
         budget: rows per KV head, or bytes of the whole cache, for the arms that compress.
         ratio: share of rows kept, for the arms that compress.
-        settings: further settings by arm, those under ``""`` for every arm that compresses.
+        settings: further settings by arm, those under ``""`` for every arm of this library that compresses.
     """
     by_arm = {name: dict(values) for name, values in (settings or {}).items()}
     common = {key: value for key, value in (("budget", budget), ("ratio", ratio)) if value is not None}
     common |= by_arm.pop("", {})
-    arms = [_make_arm(name, common, by_arm.pop(Path(name).stem, {})) for name in names]
+    size = {"budget": budget, "ratio": ratio}
+    arms: list[BaseArm] = []
+    for name in names:
+        if name.startswith(PRESS_PREFIX):
+            arms.append(_make_press_arm(name, size, by_arm))
+        else:
+            arms.append(_make_arm(name, common, by_arm.pop(Path(name).stem, {})))
     labels = [arm.name for arm in arms]
     if len(set(labels)) != len(labels):
         raise ValueError(f"arms must have different names, got {labels}")
     if by_arm:
         raise ValueError(f"settings for unknown arms {sorted(by_arm)}; arms of this run: {labels}")
     return arms
+
+
+def _make_press_arm(name: str, size: Mapping[str, Any], by_arm: dict[str, dict[str, Any]]) -> BaseArm:
+    from asymkv.longbench.press_arms import PressArm, PressSpec
+
+    spec = PressSpec.parse(name.removeprefix(PRESS_PREFIX))
+    label = "kvpress_" + spec.label.replace("(", "_").replace(")", "")
+    return PressArm(label, dataclasses.replace(spec, arguments=by_arm.pop(label, {})), **size)
 
 
 def _make_arm(name: str, common: Mapping[str, Any], own: Mapping[str, Any]) -> Arm:

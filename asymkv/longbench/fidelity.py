@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor
 
 from asymkv import CompressionConfig
-from asymkv.longbench import files
+from asymkv.longbench import files, peers
 from asymkv.longbench.arms import FULL, NONE, Arm, ArmError, BaseArm
 from asymkv.longbench.data import Row, Task
 from asymkv.longbench.measure import Protocol, Subject, measure
@@ -44,9 +44,6 @@ ROW_FIELDS = (
     "rows_min", "rows_max", "kept_ratio", "nominal_ratio", "stored_bytes", "full_bytes", "peak_rows", "peak_bytes",
     "compactions", "backend", "prefill_seconds",
 )  # fmt: skip
-
-# By whether the dtype has more than two bytes: between two versions of transformers, relative to a loss above 1.
-FULL_TOLERANCE = {True: 1e-3, False: 0.02}
 
 logger = logging.getLogger(__name__)
 
@@ -287,32 +284,23 @@ class FidelityRun:
         values = {"prefill_seconds": seconds, **cell.stored(prefix.cache, self.subject.model)}
         return continuation_logits(self.subject.model, prefix, window.targets, len(window.targets)), values
 
-    def compare_full(self, full: PressArm, tasks: Mapping[str, Task], rows: Sequence[tuple[str, Row]]) -> Record | None:
-        """Whether this environment and the one that measured the folder's full cache measure the same thing.
+    def compare_full(self, name: str, tasks: Mapping[str, Task], rows: Sequence[tuple[str, Row]]) -> Record | None:
+        """Compares the full cache here with its first record, see :func:`asymkv.longbench.peers.compare_full`.
 
         Args:
-            full: the full cache of this environment, under the name that its records have.
+            name: of the full cache's arm.
             tasks: prompts by dataset.
-            rows: the first one that the full cache has a record of is measured again.
+            rows: the first one with a record is measured again.
 
         Returns:
-            Both losses, or None where there is no such record.
-
-        Raises:
-            RuntimeError: where the losses differ by more than the dtype explains.
+            Both losses, or None where there is no record.
         """
         losses = {record_key(record): record["nll"] for record in self.folder.read() if record["kind"] == "row"}
         for dataset, row in rows:
-            expected = losses.get(_key("row", dataset, row["_id"], full))
-            if expected is None:
-                continue
-            protocol = Protocol(self.protocol, generate=False, max_gold_tokens=tasks[dataset].max_new_tokens)
-            with full.applied(self.subject.model):
-                found = measure(self.subject, full, tasks[dataset], row, protocol)["nll"]
-            allowed = FULL_TOLERANCE[self.subject.model.dtype.itemsize > 2]
-            if abs(found - expected) > allowed * max(1, abs(expected)):
-                raise RuntimeError(f"the full cache loses {found} on {row['_id']}, and {expected} in the caller")
-            return {"dataset": dataset, "id": row["_id"], "expected": expected, "found": found}
+            expected = losses.get(("row", dataset, row["_id"], name, None))
+            if expected is not None:
+                protocol = Protocol(self.protocol, max_gold_tokens=tasks[dataset].max_new_tokens)
+                return peers.compare_full(self.subject, tasks[dataset], row, protocol, expected)
         return None
 
 

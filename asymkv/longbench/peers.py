@@ -8,6 +8,7 @@ worker measures the presses into the folder of the caller, in record files of it
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -21,7 +22,10 @@ from typing import Any
 
 import asymkv
 from asymkv.longbench import files
-from asymkv.longbench.press_arms import PressError, PressSpec
+from asymkv.longbench.arms import FULL
+from asymkv.longbench.data import Row, Task
+from asymkv.longbench.measure import Protocol, Record, Subject, measure
+from asymkv.longbench.press_arms import PressArm, PressError, PressSpec
 
 ENV = "ASYMKV_KVPRESS"
 CALLER = "ASYMKV_KVPRESS_CALLER"
@@ -35,6 +39,8 @@ PINS = (
     "termcolor==3.3.0",
 )  # fmt: skip
 PACKAGES = ("kvpress", "transformers", "tokenizers")
+# By whether the dtype has more than two bytes: between two versions of transformers, relative to a loss above 1.
+FULL_TOLERANCE = {True: 1e-3, False: 0.02}
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +157,31 @@ def stop_if_orphaned() -> None:
         raise SystemExit("the process that started this worker has ended")
 
 
+def compare_full(subject: Subject, task: Task, row: Row, protocol: Protocol, expected: float) -> Record:
+    """Whether this environment and its caller's measure the same thing: the full cache's loss on one row.
+
+    Args:
+        subject: the model, in this environment.
+        task: of the row.
+        row: the row.
+        protocol: as the caller measured.
+        expected: the caller's loss.
+
+    Returns:
+        Both losses.
+
+    Raises:
+        PressError: where they differ by more than the dtype explains.
+    """
+    full = PressArm(FULL)
+    with full.applied(subject.model):
+        found = measure(subject, full, task, row, dataclasses.replace(protocol, generate=False))["nll"]
+    allowed = FULL_TOLERANCE[subject.model.dtype.itemsize > 2]
+    if abs(found - expected) > allowed * max(1, abs(expected)):
+        raise PressError(f"the full cache loses {found} on row {row['_id']} here, and {expected} outside this worker")
+    return {"dataset": task.dataset, "id": row["_id"], "expected": expected, "found": found}
+
+
 def _build_all() -> dict[str, str]:
     from asymkv.longbench.presses import build
 
@@ -159,5 +190,14 @@ def _build_all() -> dict[str, str]:
     return versions()
 
 
+def main() -> None:
+    """``--install`` prints the overlay's folder; without it, builds the presses of stdin, in the overlay."""
+    if "--install" in sys.argv[1:]:
+        logging.basicConfig(level=logging.INFO)
+        sys.stdout.write(f"{overlay()}\n")
+    else:
+        answer(_build_all)
+
+
 if __name__ == "__main__":
-    answer(_build_all)
+    main()

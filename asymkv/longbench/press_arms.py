@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from asymkv.longbench.pressed import PressedCache
 
-PREFIX = "kvpress:"
 # A press may keep more than its ratio: whole chunks, sinks and windows, rounding. One that keeps everything is broken.
 SLACK_SHARE, SLACK_ROWS = 0.05, 24
 
