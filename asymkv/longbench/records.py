@@ -49,12 +49,15 @@ class RecordFolder:
         folder: created if absent.
         key: identifies a record; of two with the same key the first is kept.
         shard: whose files this process writes.
+        worker: name of a process that measures other arms of the same shard, into files of its own.
     """
 
-    def __init__(self, folder: str | Path, key: Callable[[Record], Hashable], shard: Shard | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, key: Callable[[Record], Hashable], shard: Shard | None = None, worker: str = ""
+    ) -> None:
         self.folder = Path(folder)
         self.key = key
-        label = (shard or Shard()).label
+        label = f"{worker}-" * bool(worker) + (shard or Shard()).label
         self.records_path = self.folder / f"records-{label}.jsonl"
         self.run_path = self.folder / f"run-{label}.json"
 
@@ -63,7 +66,8 @@ class RecordFolder:
 
         Args:
             settings: what the numbers depend on. Every entry that the folder already has must be equal; a None says
-                nothing, and the mapping under ``arms`` is compared arm by arm, so that arms may be added later.
+                nothing, and the mapping under ``arms`` is compared arm by arm, so that arms may be added later, by an
+                experiment of another name too.
             conditions: of this session (machine, versions, date); added to those of earlier ones, not compared.
 
         Raises:
@@ -124,7 +128,7 @@ def _merged(old: Record, new: Record) -> Record:
 
 def _conflicts(old: Record, new: Record) -> Iterator[str]:
     """Names of entries that both settings have, with different values."""
-    for name in old.keys() & new.keys() - {"arms"}:
+    for name in old.keys() & new.keys() - {"arms", "experiment"}:
         if old[name] is not None and new[name] is not None and old[name] != new[name]:
             yield name
     arms, others = old.get("arms", {}), new.get("arms", {})

@@ -84,6 +84,7 @@ def _arm_report(arm: ArmRun, arms: Sequence[ArmRun], seed: int) -> dict[str, Any
         "stored_share": _ratio(sum(r["stored_bytes"] for r in records), sum(r["full_bytes"] for r in records)),
         "peak_mb": max(row["peak_bytes"] for row in records) / MEGABYTE,
         "kept_ratio": _mean(row["kept_ratio"] for row in records),
+        "nominal_ratio": _mean(row.get("nominal_ratio", row["kept_ratio"]) for row in records),
         "prefill_tokens_per_second": _ratio(
             sum(r["prompt_tokens"] for r in records), sum(r["prefill_seconds"] for r in records)
         ),
@@ -192,6 +193,9 @@ def table_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     datasets = list(dict.fromkeys(name for arm in report.values() for name in arm["scores"]))
     protocols = {arm["protocol"] for arm in report.values()}
     header = ["method", *datasets, "average", "R (95 % interval)", "stored MB", "of full"]
+    # An arm that hides rows is charged for all that it stores; what attention still sees stands beside it.
+    hides = any(arm.get("nominal_ratio", NAN) < arm.get("kept_ratio", NAN) for arm in report.values())
+    header += ["in view"] if hides else []
     header += ["prefill tok/s", "decode tok/s"]
     cells = []
     for name, arm in report.items():
@@ -204,7 +208,8 @@ def table_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             interval = f"{retained['value']:.3f} ({retained['low']:.3f}..{retained['high']:.3f})"
         cells.append([
             label, *scores, _number(arm["average"]), interval, _number(arm["stored_mb"]),
-            _number(share, " %", 1), _number(arm["prefill_tokens_per_second"], places=0),
+            _number(share, " %", 1), *([_number(100 * arm["nominal_ratio"], " %", 1)] if hides else []),
+            _number(arm["prefill_tokens_per_second"], places=0),
             _number(arm["decode_tokens_per_second"], places=1),
         ])  # fmt: skip
     return header, cells

@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 
-from asymkv.longbench import data, models
-from asymkv.longbench.arms import Arm
+from asymkv.longbench import data, models, peers
+from asymkv.longbench.arms import BaseArm
 from asymkv.longbench.conditions import commit, device_name
 from asymkv.longbench.data import Row, Task
 from asymkv.longbench.files import sha256, write_atomic
 from asymkv.longbench.measure import Protocol, Record, Subject, measure
+from asymkv.longbench.press_arms import PressArm, PressError
 from asymkv.longbench.records import RecordFolder, Shard
 
 RUN_FILE = "run.json"
@@ -50,10 +51,20 @@ class Work:
         protocol: how rows are measured.
     """
 
-    arms: Sequence[Arm]
+    arms: Sequence[BaseArm]
     tasks: Mapping[str, Task]
     rows: Mapping[str, Sequence[Row]]
     protocol: Protocol
+
+    @property
+    def own(self) -> Work:
+        """Without the presses of kvpress."""
+        return dataclasses.replace(self, arms=[arm for arm in self.arms if not isinstance(arm, PressArm)])
+
+    @property
+    def presses(self) -> Work:
+        """The presses of kvpress alone."""
+        return dataclasses.replace(self, arms=[arm for arm in self.arms if isinstance(arm, PressArm)])
 
     def share(self, dataset: str, ranks: Ranks) -> range:
         """Row indices of one dataset that a rank measures."""
@@ -79,10 +90,11 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def distributed(device: str = "auto") -> Iterator[Ranks]:
+def distributed(device: str = "auto", *, join: bool = True) -> Iterator[Ranks]:
     """Joins the ranks that torchrun started (gloo on CPU, nccl on CUDA), or makes a run of one.
 
     Args:
+        join: False for a worker of one rank, which takes that rank's share and waits for nobody.
         device: ``auto`` (an accelerator where there is one), ``cpu``, ``cuda``, ``cuda:1``, ... Under torchrun each
             rank takes the accelerator of its local rank.
     """
@@ -96,6 +108,9 @@ def distributed(device: str = "auto") -> Iterator[Ranks]:
     if chosen.type != "cpu":
         chosen = torch.device(chosen.type, int(os.environ["LOCAL_RANK"]))
         torch.accelerator.set_device_index(chosen.index)
+    if not join:
+        yield Ranks(int(os.environ["RANK"]), world, chosen)
+        return
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, timeout=BARRIER_TIMEOUT)
     try:
@@ -117,6 +132,7 @@ def run(
     ranks: Ranks,
     *,
     progress: Callable[[str, str], None] | None = None,
+    start_worker: Callable[[], Any] | None = None,
 ) -> list[Path]:
     """Measures what is missing and returns the arms' folders.
 
@@ -126,41 +142,71 @@ def run(
         out_dir: the arms' folders go here.
         ranks: this process.
         progress: called as (arm, dataset) after each row of this rank, those found done included.
+        start_worker: measures this rank's share of the presses of kvpress, by ``asymkv.longbench.press_runs`` in
+            their environment; needed where there are any.
+
+    Raises:
+        PressError: where the worker fails, when the other arms are through.
     """
-    folders = [Path(out_dir) / arm.name for arm in work.arms]
-    stores = [RecordFolder(folder, _key, Shard(ranks.rank, ranks.world)) for folder in folders]
-    for arm, store in zip(work.arms, stores, strict=True):
-        store.claim(run_settings(arm, work, subject), conditions(subject, ranks))
+    stores = stores_of(work, out_dir, ranks)
+    unpressed = _unpressed(work, stores, ranks)
+    if unpressed and start_worker is None:
+        raise ValueError(f"{unpressed[0].name} is a press of kvpress and needs a worker")
+    if unpressed and ranks.is_main:
+        peers.check([arm.press for arm in unpressed if arm.press])
+    for arm in work.own.arms:
+        stores[arm.name].claim(run_settings(arm, work, subject), conditions(subject, ranks))
     # Every refusal comes before the first row of any arm is measured.
     wait_for_all(ranks)
-    for arm, store in zip(work.arms, stores, strict=True):
-        _run_arm(arm, store, work, subject, ranks, progress)
+    for arm in work.own.arms:
+        measure_arm(arm, stores[arm.name], work, subject, ranks, progress)
+    failure = None
+    try:
+        if unpressed and start_worker is not None:
+            start_worker()
+    except PressError as error:
+        failure = error
     wait_for_all(ranks)
     if ranks.is_main:
-        for arm, store in zip(work.arms, stores, strict=True):
-            merge(arm, store, work, subject, ranks)
+        for arm in (work.own if failure else work).arms:
+            merge(arm, stores[arm.name], work, subject, ranks)
     wait_for_all(ranks)
-    return folders
+    if failure:
+        raise failure
+    return [store.folder for store in stores.values()]
+
+
+def stores_of(work: Work, out_dir: str | Path, ranks: Ranks) -> dict[str, RecordFolder]:
+    """Each arm's folder, with the files of this rank or of its worker."""
+    shard = Shard(ranks.rank, ranks.world)
+    worker = {arm.name: peers.WORKER for arm in work.presses.arms}
+    return {a.name: RecordFolder(Path(out_dir) / a.name, _key, shard, worker.get(a.name, "")) for a in work.arms}
+
+
+def _unpressed(work: Work, stores: Mapping[str, RecordFolder], ranks: Ranks) -> list[PressArm]:
+    """Presses that lack rows of this rank's share."""
+    wanted = {(dataset, index) for dataset in work.rows for index in work.share(dataset, ranks)}
+    return [arm for arm in work.arms if isinstance(arm, PressArm) and wanted - stores[arm.name].done()]
 
 
 def _key(record: Record) -> tuple[str, int]:
     return record["dataset"], record["index"]
 
 
-def _run_arm(
-    arm: Arm,
+def measure_arm(
+    arm: BaseArm,
     store: RecordFolder,
     work: Work,
     subject: Subject,
     ranks: Ranks,
     progress: Callable[[str, str], None] | None,
 ) -> None:
-    import asymkv
-
+    """Measures what is missing of this rank's share under one arm."""
     done = store.done()
-    with asymkv.replace(subject.model.config.model_type, arm.config, model=subject.model):
+    with arm.applied(subject.model):
         for dataset, rows in work.rows.items():
             for index in work.share(dataset, ranks):
+                peers.stop_if_orphaned()
                 if (dataset, index) not in done:
                     start = time.perf_counter()
                     record = measure(subject, arm, work.tasks[dataset], rows[index], work.protocol)
@@ -170,7 +216,7 @@ def _run_arm(
                     progress(arm.name, dataset)
 
 
-def merge(arm: Arm, store: RecordFolder, work: Work, subject: Subject, ranks: Ranks) -> None:
+def merge(arm: BaseArm, store: RecordFolder, work: Work, subject: Subject, ranks: Ranks) -> None:
     """Writes ``<dataset>.jsonl`` in row order and ``run.json``; raises where an index is missing or has another row."""
     records = store.read()
     for dataset, rows in work.rows.items():
@@ -183,7 +229,7 @@ def merge(arm: Arm, store: RecordFolder, work: Work, subject: Subject, ranks: Ra
     report = {
         "arm": arm.name,
         "settings": run_settings(arm, work, subject),
-        "conditions": conditions(subject, ranks),
+        "conditions": store.runs()[-1]["sessions"][-1] if isinstance(arm, PressArm) else conditions(subject, ranks),
         "results": summary(records),
     }
     write_atomic(store.folder / RUN_FILE, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
@@ -207,7 +253,7 @@ def summary(records: Sequence[Record]) -> Record:
     }
 
 
-def run_settings(arm: Arm, work: Work, subject: Subject) -> Record:
+def run_settings(arm: BaseArm, work: Work, subject: Subject) -> Record:
     """Everything that the numbers depend on, flat, so that a conflict names its key."""
     settings = {
         "model": subject.spec.path,
@@ -221,7 +267,7 @@ def run_settings(arm: Arm, work: Work, subject: Subject) -> Record:
         "max_new_tokens": work.protocol.max_new_tokens,
         "generate": work.protocol.generate,
         "max_gold_tokens": work.protocol.max_gold_tokens,
-        **{f"config.{key}": value for key, value in arm.config.to_dict().items()},
+        **{f"config.{key}": value for key, value in arm.settings().items()},
     }
     for dataset, rows in work.rows.items():
         task = work.tasks[dataset]
