@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from asymkv.longbench import report
+from asymkv.longbench import predictions, report
+from asymkv.longbench.data import ids_sha256
 
 
 def write_arm(folder: Path, name: str, losses: dict[str, float], *, stored: int = 100) -> None:
@@ -27,7 +28,7 @@ def write_arm(folder: Path, name: str, losses: dict[str, float], *, stored: int 
             "protocol": "prompt", "without_context": name == "none", "model": "m", "dtype": "float32", "device": "cpu",
         },
         "conditions": {"device_name": "x", "commit": "abc", "versions": {"torch": "2", "transformers": "5"}},
-        "results": {"datasets": {"qasper": {"rows": len(rows), "ids_sha256": "0" * 64}}},
+        "results": {"datasets": {"qasper": {"rows": len(rows), "ids_sha256": ids_sha256(losses)}}},
     }  # fmt: skip
     (folder / name).mkdir(parents=True)
     (folder / name / "qasper.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -82,9 +83,9 @@ def test_headline_is_the_mean_of_the_sixteen_english_tasks() -> None:
     from asymkv.longbench.data import CHINESE_TASKS, ENGLISH_TASKS
 
     scores = {**dict.fromkeys(ENGLISH_TASKS, 40.0), **dict.fromkeys(CHINESE_TASKS, 10.0)}
-    assert report._averages(scores)["average_english_16"] == 40.0
+    assert predictions.averages(scores)["average_english_16"] == 40.0
     scores.pop("lcc")
-    assert "average_english_16" not in report._averages(scores)
+    assert "average_english_16" not in predictions.averages(scores)
 
 
 def test_files_are_readable_elsewhere(folder: Path, tmp_path: Path) -> None:
