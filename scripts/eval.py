@@ -3,8 +3,8 @@
     python scripts/eval.py runs/small
     python scripts/eval.py runs/ratio25 runs/ratio50 --json runs/all.json --markdown runs/all.md --plot runs/all.png
 
-Folders of ``<task>.jsonl`` that LongBench's own pred.py or another project wrote (``pred``, ``answers``, ``all_classes``,
-``length``) are scored too, alone or beside the others; ``--e`` adds LongBench-E's length buckets:
+Folders of ``<task>.jsonl`` that LongBench's own pred.py or another project wrote (fields ``pred``, ``answers``,
+``all_classes``, ``length``) are scored too, alone or beside the others; ``--e`` adds LongBench-E's length buckets:
 
     python scripts/eval.py LongBench/pred_e/my-model --e
 """

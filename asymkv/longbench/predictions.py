@@ -1,7 +1,7 @@
 """Scores a plain folder of ``<task>.jsonl``, as LongBench's own ``pred.py`` and other projects write them.
 
-A line has ``pred``, ``answers``, ``all_classes`` and ``length``. Nothing is known of how the answers came about, so there
-are scores and no bytes, no retention and no conditions.
+A line has ``pred``, ``answers``, ``all_classes`` and ``length``. Nothing is known of how the answers came about, so
+there are scores and no bytes, no retention and no conditions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from asymkv.longbench import metrics
 from asymkv.longbench.data import ENGLISH_TASKS, Row
 from asymkv.longbench.jsonl import check_fields, check_kinds, numbered_objects
 from asymkv.longbench.rows import E_SUFFIX, check_answers, required_fields
-
 
 PREDICTION_KINDS: dict[str, type] = {"pred": str, "answers": list, "all_classes": list, "length": int}
 

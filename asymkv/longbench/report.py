@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from asymkv.longbench.retention import pooled_ratio, retention_pairs
 from asymkv.longbench.rows import E_SUFFIX
 from asymkv.longbench.runner import RUN_FILE, SECONDS, shared_settings
 
+logger = logging.getLogger(__name__)
 MEGABYTE = 1e6
 # What every record of a run has.
 RECORD_FIELDS = (
@@ -173,6 +175,10 @@ def _retention(arm: ArmRun, arms: Sequence[ArmRun], seed: int) -> dict[str, Any]
     own = shared_settings(arm.run["settings"])
     same = [other for other in arms if not any(conflicts(own, shared_settings(other.run["settings"])))]
     peers = {other.run["arm"]: other for other in same}
+    for other in arms:
+        if other.run["arm"] in (FULL, NONE) and other.run["arm"] not in peers:
+            differing = sorted(conflicts(own, shared_settings(other.run["settings"])))
+            logger.warning("no R of %s against %s: %s differ", arm.name, other.name, ", ".join(differing))
     if FULL not in peers or NONE not in peers:
         return None
     full, none = peers[FULL], peers[NONE]
