@@ -24,6 +24,7 @@ from asymkv import CompressionConfig
 from asymkv.longbench import files
 from asymkv.longbench.arms import FULL, NONE, Arm, StoredTooMuchError, check_stored
 from asymkv.longbench.data import Row, Task
+from asymkv.longbench.jsonl import NotFiniteError
 from asymkv.longbench.measure import Protocol, Subject, measure, stored_bytes
 from asymkv.longbench.records import Record, RecordFolder
 from asymkv.longbench.retention import (
@@ -173,7 +174,7 @@ def without_context() -> Arm:
 class FidelityRun:
     """Measures cells on one model and appends what it finds to a folder.
 
-    An arm that stores more than its settings allow is not recorded and not run again; ``refused`` says why, by arm, so
+    An arm that stores more than its settings allow, or gives NaN, is not recorded and not run again; ``refused`` says why, by arm, so
     that the others of a long run are still measured.
 
     Args:
@@ -206,7 +207,7 @@ class FidelityRun:
         with asymkv.replace(model.config.model_type, cell.config, model=model):
             try:
                 yield
-            except StoredTooMuchError as error:
+            except (StoredTooMuchError, NotFiniteError) as error:
                 self.refused[cell.name] = str(error)
                 logger.error("%s is not measured: %s", cell.name, error)
 
