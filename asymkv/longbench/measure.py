@@ -13,7 +13,8 @@ from torch import Tensor
 from asymkv.longbench import retention
 from asymkv.longbench.arms import BaseArm
 from asymkv.longbench.data import Row, Task
-from asymkv.longbench.models import ModelSpec
+from asymkv.longbench.memory import DeviceMemory, HostMemory
+from asymkv.longbench.models import ModelSpec, devices_of, input_device
 from asymkv.longbench.prompts import Prompt, answer_ids, build_prompt
 
 if TYPE_CHECKING:
@@ -67,13 +68,18 @@ class Protocol:
 def measure(subject: Subject, arm: BaseArm, task: Task, row: Row, protocol: Protocol) -> Record:
     """Runs one row and returns its record, all plain json types.
 
+    Times are seconds of prefill, of the rest of the prompt and of decoding. ``peak_rss_bytes`` (and
+    ``device_peak_bytes`` on accelerators) is the most that the process held in this row, the model included, and
+    ``..._increase_bytes`` what came on top of the row's start; both cover prefill, gold answer and decoding.
+
     Raises:
         StoredTooMuchError: if the cache holds more than the arm allows.
     """
     prompt = build_prompt(row, task.dataset, task.template, subject.tokenizer, subject.spec)
     prompt = prompt.without_context() if arm.bare else prompt
     first, rest = retention.split_prompt(prompt, protocol.name)
-    clock = _Clock(subject.model.device)
+    host, accelerators = HostMemory(), DeviceMemory(*devices_of(subject.model))
+    clock = _Clock(subject.model)
     prefix = retention.compress(subject.model, first)
     seconds = clock.lap()
     arm.check(prefix.cache, len(first), 0)
@@ -87,20 +93,20 @@ def measure(subject: Subject, arm: BaseArm, task: Task, row: Row, protocol: Prot
     record |= _gold_loss(subject, prompt, prefix, rest, row["answers"], protocol)
     if protocol.generate:
         record |= _answer(subject, arm, task, prefix, len(first), rest, protocol)
-    return record
+    return record | host.result() | accelerators.result()
 
 
 class _Clock:
-    """Wall time between laps, with the device's queue emptied."""
+    """Wall time between laps, with the queues of the model's devices emptied."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.devices = [device for device in devices_of(model) if device.type != "cpu"]
         self.lap()
 
     def lap(self) -> float:
         """Seconds since the last lap."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
+        for device in self.devices:
+            torch.accelerator.synchronize(device)
         now = time.perf_counter()
         elapsed, self.last = now - getattr(self, "last", now), now
         return elapsed
@@ -135,7 +141,7 @@ def _answer(
     not_empty = task.dataset.removesuffix("_e") in NEWLINE_STOP_TASKS
     if not_empty:
         stops = stops | {subject.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]}
-    clock = _Clock(subject.model.device)
+    clock = _Clock(subject.model)
     logits = _feed(subject.model, prefix.cache, rest) if rest else prefix.last_logits
     question_seconds = clock.lap()
     said, fed = greedy(subject.model, prefix.cache, logits, limit, stops, not_empty=not_empty)
@@ -187,5 +193,5 @@ def greedy(
 
 def _feed(model: PreTrainedModel, cache: Cache, ids: Sequence[int]) -> Tensor:
     """Logits ``[V]`` after ``ids``, which are appended to the cache."""
-    batch = torch.tensor([list(ids)], device=model.device)
+    batch = torch.tensor([list(ids)], device=input_device(model))
     return model(batch, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]

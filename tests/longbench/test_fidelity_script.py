@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from asymkv.longbench import fidelity, fidelity_report, sample
+from asymkv.longbench import fidelity, fidelity_report, needle_plot, sample
 from asymkv.longbench.arms import StoredTooMuchError
 from asymkv.longbench.records import RecordFolder, Shard
 from asymkv.paths import config_root
@@ -109,6 +109,7 @@ def test_the_report_says_what_was_run(finished):
     assert settings["settings"]["protocol"] == "context"
     assert settings["settings"]["arms"]["merge"]["method"] == "asymkv"
     assert settings["sessions"][0]["threads"] == 1
+    assert (finished / "needles.png").read_bytes().startswith(b"\x89PNG")
     assert "| merge | window | 0.5 |" in text
 
 
@@ -177,6 +178,18 @@ def test_an_arm_that_stores_too_much_is_left_out_and_named(folder, tmp_path, mon
     assert {key[3] for key in values(tmp_path)} == {"none", "full", "merge", "window"}
 
 
+def test_an_arm_that_gives_nan_is_left_out_and_named(folder, tmp_path, monkeypatch):
+    measure = fidelity.measure
+
+    def broken(subject, arm, *rest):
+        return measure(subject, arm, *rest) | ({"nll": float("nan")} if arm.name == "merge" else {})
+
+    monkeypatch.setattr(fidelity, "measure", broken)
+    with pytest.raises(SystemExit, match="merge: record .*needle.*found nll=nan"):
+        run(folder, tmp_path, "--max-rows", "1", "--tasks", "needle")
+    assert {key[3] for key in values(tmp_path)} == {"none", "full", "window"}
+
+
 def fixture_record(task, item, arm, ratio, nll, nbytes):
     return {
         "kind": "row", "dataset": task, "id": item, "arm": arm, "ratio": ratio, "nll": nll, "tokens_seen": 100,
@@ -221,6 +234,46 @@ def test_figure_is_drawn_where_there_is_something_to_draw(folder, tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
+def needle_records(dataset, found):
+    """Two depths at two lengths; the compressed arm finds what ``found`` says."""
+    cells = [(depth, length) for depth in (0.1, 0.9) for length in (1000, 2000)]
+    for arm, ratio in (("none", None), ("full", None), ("window", 0.5)):
+        for i, (depth, length) in enumerate(cells):
+            record = fixture_record(dataset, f"n{i}", arm, ratio, 4.0 if arm == "none" else 1.0, 10)
+            seconds = {"full": 2.0, "window": (2.0, 3.0, 4.0, 40.0)[i]}.get(arm, 0.1)
+            right = {"none": False, "full": True}.get(arm, found[i])
+            yield record | {"depth": depth, "target_len": length, "found": right, "prefill_seconds": seconds}
+
+
+def test_needles_of_each_dataset_have_their_own_heat_map(folder, tmp_path):
+    records = [*needle_records("needle", [True] * 4), *needle_records("needle_multikey", [True, False, False, False])]
+    results = fidelity_report.Results(records, fidelity.load_experiment(folder / "tiny.yaml"))
+    grids = fidelity_report.needle_grids(results)
+    assert list(grids) == ["needle", "needle_multikey"] and list(grids["needle"]) == [("full", None), ("window", 0.5)]
+    assert grids["needle"]["window", 0.5] == {1000: {0.1: (1, 1), 0.9: (1, 1)}, 2000: {0.1: (1, 1), 0.9: (1, 1)}}
+    assert grids["needle_multikey"]["window", 0.5] == {
+        1000: {0.1: (1, 1), 0.9: (0, 1)},
+        2000: {0.1: (0, 1), 0.9: (0, 1)},
+    }
+    assert "| needle_multikey | window | 0.5 | 2000 | 0/1 | 0/1 |" in fidelity_report.needle_table(results)
+    both, one = tmp_path / "both.png", tmp_path / "one.png"
+    assert needle_plot.plot(grids, both) and needle_plot.plot({"needle": grids["needle"]}, one)
+    heights = [int.from_bytes(path.read_bytes()[20:24], "big") for path in (both, one)]
+    assert heights[0] == 2 * heights[1]  # a block of panels a dataset
+    assert not needle_plot.plot({"needle": {("full", None): {}}}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_time_of_compression_is_the_median_multiple_of_the_full_caches_prefill(folder):
+    records = list(needle_records("needle", [True] * 4))
+    results = fidelity_report.Results(records, fidelity.load_experiment(folder / "tiny.yaml"))
+    summary = {row["arm"]: row for row in fidelity_report.summarise(results)}
+    assert summary["full"]["prefill_over_full"] == 1.0
+    assert summary["window"]["prefill_over_full"] == 1.75  # of 1, 1.5, 2, 20
+    header, _, _, row = fidelity_report.main_table(list(summary.values())).splitlines()
+    assert header.endswith("| x full's prefill |") and row.endswith("| 1.75 |")
+
+
 def test_an_unfinished_arm_is_marked(folder):
     results = fixture_results(folder)
     del results._by_kind["row"]["merge", 0.5]["trec", "r1"]
@@ -256,7 +309,7 @@ def test_bad_shards_raise(text):
 @pytest.mark.parametrize("name", sorted(path.stem for path in (config_root() / "experiments").glob("*.yaml")))
 def test_the_shipped_experiments_and_their_sample_are_sound(name):
     experiment = fidelity.load_experiment(name)
-    cells = {(cell.name, cell.config.ratio) for cell in experiment.cells()}
+    cells = {(cell.name, cell.ratio) for cell in experiment.cells()}
     assert len(cells) == 1 + len(experiment.ratios) * (len(experiment.arms) - 1)
     chosen = sample.read_sample(experiment.sample)
     assert list(chosen.tasks) == list(sample.STANDING_TASKS)
