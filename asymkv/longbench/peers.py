@@ -102,10 +102,12 @@ def check(specs: Sequence[PressSpec]) -> None:
     """Builds presses in the overlay, so that a wrong name or argument is found before anything is measured.
 
     Raises:
-        PressError: for the first that cannot be built; lists what there is.
+        PressError: with a line for each that cannot be built, and what there is instead.
     """
     command = [sys.executable, "-m", "asymkv.longbench.peers"]
-    _ask(command, json.dumps([spec.to_mapping() for spec in specs]))
+    wrong = _ask(command, json.dumps([spec.to_mapping() for spec in specs]))
+    if wrong:
+        raise PressError("\n".join(dict.fromkeys(wrong)))
 
 
 def start_worker(script: str | Path, argv: Sequence[str]) -> dict[str, str]:
@@ -182,12 +184,16 @@ def compare_full(subject: Subject, task: Task, row: Row, protocol: Protocol, exp
     return {"dataset": task.dataset, "id": row["_id"], "expected": expected, "found": found}
 
 
-def _build_all() -> dict[str, str]:
-    from asymkv.longbench.presses import build
+def _build_all() -> list[str]:
+    from asymkv.longbench import presses
 
+    wrong = []
     for table in json.loads(sys.stdin.read()):
-        build(PressSpec.from_mapping(table))
-    return versions()
+        try:
+            presses.build(PressSpec.from_mapping(table))
+        except PressError as error:
+            wrong.append(str(error))
+    return wrong
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from asymkv.longbench.press_arms import PressError, PressSpec
 
 # Presses that are more than one call around a prefill.
 REFUSED = {
+    "CAMPress": "it works on generated tokens",
     "ComposedPress": "it has several ratios",
     "CompressionRatioDecodingPress": "it works on generated tokens",
     "DMSPress": "it has a threshold instead of a ratio",

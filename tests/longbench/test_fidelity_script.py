@@ -1,6 +1,7 @@
 """``scripts/fidelity.py`` end to end on a tiny random model: resume, shards, refusal, and reports."""
 
 import csv
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from asymkv.longbench import fidelity, fidelity_report, needle_plot, sample
+from asymkv.longbench import fidelity, fidelity_report, needle_plot, peers, sample
 from asymkv.longbench.arms import StoredTooMuchError
 from asymkv.longbench.records import RecordFolder, Shard
 from asymkv.paths import config_root
@@ -190,6 +191,70 @@ def test_an_arm_that_gives_nan_is_left_out_and_named(folder, tmp_path, monkeypat
     assert {key[3] for key in values(tmp_path)} == {"none", "full", "window"}
 
 
+def test_a_failing_worker_is_named_after_the_other_arms_are_reported(folder, tmp_path, monkeypatch):
+    table = yaml.safe_load((folder / "tiny.yaml").read_text(encoding="utf-8"))
+    table |= {"name": "pressed", "arms": [ARMS[0], {"name": "kvpress_tova", "press": "TOVAPress"}]}
+    (folder / "pressed.yaml").write_text(yaml.safe_dump(table), encoding="utf-8")
+    checked, started = [], []
+
+    def fail(script, argv):
+        started.append(argv)
+        raise peers.PressError("kvpress's worker failed: no such row")
+
+    monkeypatch.setattr(peers, "check", checked.extend)
+    monkeypatch.setattr(peers, "start_worker", fail)
+    with pytest.raises(SystemExit, match="model, presses of kvpress: kvpress's worker failed: no such row"):
+        run(folder, tmp_path, "--experiment", str(folder / "tiny.yaml"), str(folder / "pressed.yaml"))
+    assert [spec.label for spec in checked] == ["TOVAPress"] and started[0][-1] == str(tmp_path)
+    assert {key[3] for key in values(tmp_path)} == {"none", "full", "window", "merge"}
+    assert "# Fidelity: tiny+pressed" in (tmp_path / "results.md").read_text(encoding="utf-8")
+
+
+def test_a_folder_of_one_experiment_takes_the_arms_of_another(folder, finished, tmp_path, monkeypatch):
+    for name in ("records-0of1.jsonl", "run-0of1.json"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    table = yaml.safe_load((folder / "tiny.yaml").read_text(encoding="utf-8"))
+    table |= {"name": "more", "ratios": [0.25], "arms": [ARMS[0], {"name": "tova", "method": "tova"}]}
+    (folder / "more.yaml").write_text(yaml.safe_dump(table), encoding="utf-8")
+    run(folder, tmp_path, "--experiment", str(folder / "tiny.yaml"), str(folder / "more.yaml"))
+    found = values(tmp_path)
+    assert values(finished).items() <= found.items()
+    assert {key[3:] for key in found.keys() - values(finished).keys()} == {("tova", 0.25)}
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "| tova | 0.25 |" in text and "| merge | 0.5 |" in text
+
+
+def test_experiments_that_cannot_be_joined_say_why(folder):
+    one = fidelity.load_experiment(folder / "tiny.yaml")
+    other = fidelity.load_experiment("foundation")
+    with pytest.raises(ValueError, match="tiny and foundation cannot be joined: their sample differ"):
+        fidelity.join_experiments([one, other])
+    changed = dataclasses.replace(one.arms[1], settings={"method": "h2o"})
+    twin = dataclasses.replace(one, name="twin", arms=(one.arms[0], changed))
+    with pytest.raises(ValueError, match="twin: arm 'window' has other settings"):
+        fidelity.join_experiments([one, twin])
+    renamed = dataclasses.replace(one, arms=(dataclasses.replace(one.arms[0], name="whole"),))
+    with pytest.raises(ValueError, match="one name in all experiments"):
+        fidelity.join_experiments([one, renamed])
+    assert fidelity.join_experiments([one]) == one
+
+
+def test_several_models_make_one_table(folder, tmp_path):
+    (folder / "twin").unlink(missing_ok=True)
+    (folder / "twin").symlink_to(folder / "model")
+    models = ["--model", str(folder / "model"), str(folder / "twin")]
+    run(folder, tmp_path, "--max-rows", "1", "--tasks", "needle", "--arms", "window", *models)
+    assert values(tmp_path / "model") == values(tmp_path / "twin")
+    with (tmp_path / "results.csv").open(encoding="utf-8") as file:
+        table = {(row["model"], row["arm"]): row["nll"] for row in csv.DictReader(file)}
+    assert table["model", "window"] == table["twin", "window"] and len(table) == 4
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "| model | arm | ratio |" in text and "| twin | window | 0.5 |" in text and "## Conditions: twin" in text
+    assert (tmp_path / "model" / "results.md").exists() and not (tmp_path / "run-0of1.json").exists()
+    with pytest.raises(ValueError, match="different names"):
+        run(folder, tmp_path, "--report-only", "--model", str(folder / "model"), str(folder / "model"))
+
+
 def fixture_record(task, item, arm, ratio, nll, nbytes):
     return {
         "kind": "row", "dataset": task, "id": item, "arm": arm, "ratio": ratio, "nll": nll, "tokens_seen": 100,
@@ -223,6 +288,19 @@ def test_report_from_fixture_records(folder):
     assert difference["bytes_over_reference"] == pytest.approx(1.1)
     table = fidelity_report.main_table(fidelity_report.summarise(results))
     assert "| merge | 0.5 | 0.750 [0.750, 0.750] | 2 | 0.00 | 55.0 % | 50.0 |" in table
+
+
+def test_rows_out_of_view_have_a_column_where_there_are_any(folder):
+    results = fixture_results(folder)
+    assert "share in view" not in fidelity_report.main_table(fidelity_report.summarise(results))
+    for record in results.of("row", ("merge", 0.5)).values():
+        record |= {"kept_ratio": 1.0, "nominal_ratio": 0.25, "rows_max": 100}
+    summary = fidelity_report.summarise(results)
+    table = fidelity_report.main_table(summary)
+    assert "| rows per head | share in view |" in table
+    assert "| merge | 0.5 | 0.750 [0.750, 0.750] | 2 | 0.00 | 55.0 % | 100.0 | 25.0 % |" in table
+    assert "| window | 0.5 | 0.375 [0.375, 0.375] | 2 | 0.00 | 50.0 % | 50.0 | 50.0 % |" in table
+    assert "what attention" in fidelity_report.definitions(summary)
 
 
 def test_figure_is_drawn_where_there_is_something_to_draw(folder, tmp_path):
