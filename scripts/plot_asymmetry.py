@@ -4,7 +4,7 @@
     python scripts/plot_asymmetry.py --model smollm2 --text-file README.md --tokens 128 --windows 1 --out DIR   # smoke
 
 Writes tables (heads.csv, lags.csv, asymmetry.md), figures (heatmaps, distributions, lags) and conditions (run.json).
-A window of 512 tokens of a 135M model takes about 25 s of one CPU core; time and memory grow with its square.
+A window of 512 tokens of a 135M model takes about 40 s of one CPU core; time and memory grow with its square.
 """
 
 from __future__ import annotations

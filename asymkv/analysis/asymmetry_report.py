@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PUBLISHED_ATTENTION = 0.727
 LABELS = {
     ATTENTION: "attention weights",
-    KEYS: "keys as cached (after RoPE), cosine",
+    KEYS: "keys as cached, cosine",
     KEYS_PRE_ROPE: "keys before RoPE, cosine",
     VALUES: "values, cosine",
 }
@@ -42,12 +42,12 @@ DEFINITIONS = f"""\
 Spearman: rank correlation over a head's causal triangle (query i, key j) of m[i, j] and m[i, j + 1]. For attention
 m = a, the weights, and j + 1 <= i; for keys and values m[i, j] = cos(x_i, x_j), and j + 1 < i, as x_i with itself is
 always 1. Ties take their mean rank; 0 where all entries are equal. Attention is per query head, keys and values per KV
-head. Shuffled, what remains is the work of what is kept: "row kept", the entries of each row i trade places, the rows'
-scale remains (more keys, less weight each); "distance kept", the entries of each distance i - j trade places, the
-profile over distance remains (recency); "both kept", those of each distance within {ROW_BLOCK} rows do, and only which
-token is which is lost. Cosines of neighbours: cos(x_j, x_{{j+1}}), mean and variance over j; "of any two" is their mean
-in a shuffled order; the local share is (neighbours - any two) / (1 - any two): 0 = neighbours are no more alike than
-any two tokens, 1 = they are equal."""
+head; keys as cached are after RoPE. Shuffled, what remains is the work of what is kept: "row kept", the entries of each
+row i trade places, the rows' scale remains (more keys, less weight each); "distance kept", the entries of each distance
+i - j trade places, the profile over distance remains (recency); "both kept", those of each distance within {ROW_BLOCK}
+rows do, and only which token is which is lost. Cosines of neighbours: cos(x_j, x_{{j+1}}), mean and variance over j;
+"of any two" is their mean in a shuffled order; the local share is (neighbours - any two) / (1 - any two): 0 =
+neighbours are no more alike than any two tokens, 1 = they are equal."""
 
 
 def strength(correlation: float) -> str:
@@ -95,6 +95,29 @@ def findings(summary: Sequence[Row], sink_size: int) -> str:
             f"{row['above_controls']} heads lie above all controls, {row['below_0.2']} below {VERY_WEAK:g}."
         )
     return "\n".join(lines)
+
+
+def against_values(result: Asymmetry) -> str:
+    """In how many KV heads keys have the higher Spearman, without sinks."""
+    values = result.table(VALUES, "spearman")
+    counts = [
+        f"{LABELS[state]}: {int((result.table(state, 'spearman') > values).sum())}"
+        for state in (KEYS, KEYS_PRE_ROPE)
+        if state in result.states
+    ]
+    heads = int((~values.isnan()).sum())
+    return f"- Of {heads} KV heads, keys correlate more than values in: " + "; ".join(counts) + "."
+
+
+def depth_table(result: Asymmetry) -> str:
+    """Mean Spearman of the first, middle and last third of the layers, without sinks."""
+    tables = {state: result.table(state, "spearman") for state in result.states}
+    header = ["Spearman by depth", "first third of the layers", "middle", "last"]
+    body = [
+        [LABELS[state], *(f"{part.nanmean().item():.3f}" if len(part) else "" for part in table.tensor_split(3))]
+        for state, table in tables.items()
+    ]
+    return _markdown_table(header, body)
 
 
 def _markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -151,8 +174,9 @@ def markdown(result: Asymmetry, conditions: Mapping[str, Any]) -> str:
     lines = [f"- {name}: {value}" for name, value in conditions.items()]
     published = f"Published for attention (Llama-2-7b-chat, ShareGPT): {PUBLISHED_ATTENTION}. The rest is measured."
     title = f"# Are neighbours alike? {conditions.get('model', '')} on {conditions.get('text', 'a text')}"
-    parts = [title, "\n".join(lines), "## Findings", findings(summary, result.sink_size), published]
-    parts += ["## Rank correlation of neighbours", correlation_table(summary)]
+    found = findings(summary, result.sink_size) + "\n" + against_values(result)
+    parts = [title, "\n".join(lines), "## Findings", found, published]
+    parts += ["## Rank correlation of neighbours", correlation_table(summary), depth_table(result)]
     parts += ["## Plain cosines", cosine_table(summary), lag_table(result), "## Definitions", DEFINITIONS]
     return "\n\n".join(parts) + "\n"
 
@@ -167,10 +191,10 @@ def csv_text(rows: Sequence[Row]) -> str:
     return out.getvalue()
 
 
-def _figure(**options: Any) -> Figure:
+def _figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
     from matplotlib.figure import Figure
 
-    return Figure(layout="constrained", **options)
+    return Figure((width, height), layout=layout)
 
 
 def draw_heat_maps(result: Asymmetry) -> Figure:
@@ -180,7 +204,9 @@ def draw_heat_maps(result: Asymmetry) -> Figure:
     if sinks:
         kinds.append(("spearman", sinks, f"without the first {sinks}"))
     kinds += [*((name, sinks, label) for name, label in CONTROLS.items()), ("adjacent_cosine", sinks, "plain cosine")]
-    figure = _figure(figsize=(2.6 * len(states), 2.3 * len(kinds)))
+    # Places by hand: constrained layout takes seconds for so many axes.
+    figure = _figure(2.6 * len(states), 2.3 * len(kinds), None)
+    figure.subplots_adjust(left=0.05, right=0.87, bottom=0.03, top=0.97, hspace=0.5, wspace=0.25)
     grid = figure.subplots(len(kinds), len(states), squeeze=False)
     images = []
     for axes_row, (name, left_out, label) in zip(grid, kinds, strict=True):
@@ -195,13 +221,14 @@ def draw_heat_maps(result: Asymmetry) -> Figure:
             axes.set_ylabel("layer", fontsize=7)
             axes.tick_params(labelsize=6)
             axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(images[0], ax=grid, shrink=0.4, label="rank correlation, or cosine in the last row")
+    scale = figure.add_axes((0.9, 0.35, 0.015, 0.3))
+    figure.colorbar(images[0], cax=scale, label="rank correlation, or cosine in the last row")
     return figure
 
 
 def draw_distributions(result: Asymmetry) -> Figure:
     """Spearman over heads, beside the controls, without sinks."""
-    figure = _figure(figsize=(8, 4))
+    figure = _figure(8, 4)
     axes = figure.add_subplot()
     kinds = {"spearman": "measured", **CONTROLS}
     for k, (name, label) in enumerate(kinds.items()):
@@ -214,7 +241,7 @@ def draw_distributions(result: Asymmetry) -> Figure:
         axes.plot([], [], color=f"C{k}", label=label)
     axes.plot([-0.4, 0.4], [PUBLISHED_ATTENTION] * 2, "k:", label="published mean, Llama-2-7b-chat")
     axes.axhline(0, color="grey", linewidth=0.5)
-    labels = [LABELS[state].replace(" (", "\n(").replace(", ", ",\n") for state in result.states]
+    labels = [LABELS[state].replace(", ", ",\n") for state in result.states]
     axes.set_xticks(range(len(labels)), labels)
     axes.set_ylabel("Spearman of neighbours, over heads")
     figure.legend(loc="outside upper center", ncols=5, fontsize="x-small")
@@ -223,7 +250,7 @@ def draw_distributions(result: Asymmetry) -> Figure:
 
 def draw_lags(result: Asymmetry) -> Figure:
     """Cosines by distance, mean and middle 80 % of heads, without sinks; and as a share of the way from any two."""
-    figure = _figure(figsize=(9, 3.6))
+    figure = _figure(9, 3.6)
     plain, share = figure.subplots(1, 2)
     for k, state in enumerate(s for s in result.states if s != ATTENTION):
         names = lag_names(result)

@@ -87,14 +87,14 @@ class _Watching:
     def __init__(self, look: Look) -> None:
         self.look = look
         self.layers = 0
-        self.inputs: dict[Any, inspect.BoundArguments] = {}
+        self.inputs: dict[Any, dict[str, Any]] = {}
         self.unrotated: Tensor | None = None
         self.asking = False
 
     @contextlib.contextmanager
     def hooks(self, model: PreTrainedModel) -> Iterator[None]:
         """Remembers what modules that rotate take in until their attention has been seen."""
-        rotating = [m for m in model.modules() if "position_embeddings" in inspect.signature(m.forward).parameters]
+        rotating = [m for m in model.modules() if "position_embeddings" in _parameters(m)]
         handles = [m.register_forward_pre_hook(self._remember, with_kwargs=True) for m in rotating]
         try:
             yield
@@ -104,7 +104,7 @@ class _Watching:
 
     def _remember(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self.asking:
-            self.inputs[module] = inspect.signature(module.forward).bind(*args, **kwargs)
+            self.inputs[module] = {**dict(zip(_parameters(module)[1:], args, strict=False)), **kwargs}
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, weigh: Callable[..., Tensor]) -> Tensor:
         """Shows a layer's states and gives its output ``[1, T, H, D_v]``."""
@@ -130,23 +130,27 @@ class _Watching:
         The module runs once more with the identity as rotary embedding: right for any layout of rotary dimensions,
         for fused projections and for norms of keys.
         """
-        bound = self.inputs.get(module)
-        self.inputs.clear()
-        if bound is None or bound.arguments.get("position_embeddings") is None:
+        inputs = self.inputs.get(module, {})
+        self.inputs = {}
+        tables = inputs.get("position_embeddings")
+        if tables is None:
             return None
-        tables = bound.arguments["position_embeddings"]
         if isinstance(tables, Tensor):  # complex factors (Llama 4)
             identity: Tensor | tuple[Tensor, Tensor] = torch.ones_like(tables)
         else:
             cos, sin = tables
             identity = torch.ones_like(cos), torch.zeros_like(sin)
-        bound.arguments["position_embeddings"] = identity
         self.asking = True
         try:
-            module(*bound.args, **bound.kwargs)
+            module(**{**inputs, "position_embeddings": identity})
         finally:
             self.asking = False
         return self.unrotated
+
+
+def _parameters(module: Any) -> list[str]:
+    """Names of the arguments of a module's class, ``self`` first."""
+    return list(inspect.signature(type(module).forward).parameters)
 
 
 _WATCHING: ContextVar[_Watching] = ContextVar("asymkv_states")
