@@ -45,9 +45,10 @@ always 1. Ties take their mean rank; 0 where all entries are equal. Attention is
 head; keys as cached are after RoPE. Shuffled, what remains is the work of what is kept: "row kept", the entries of each
 row i trade places, the rows' scale remains (more keys, less weight each); "distance kept", the entries of each distance
 i - j trade places, the profile over distance remains (recency); "both kept", those of each distance within {ROW_BLOCK}
-rows do, and only which token is which is lost. Cosines of neighbours: cos(x_j, x_{{j+1}}), mean and variance over j;
-"of any two" is their mean in a shuffled order; the local share is (neighbours - any two) / (1 - any two): 0 =
-neighbours are no more alike than any two tokens, 1 = they are equal."""
+rows do, and only which of {ROW_BLOCK} neighbouring tokens is which is lost, so likeness over longer stretches stays
+too. Cosines of neighbours: cos(x_j, x_{{j+1}}), mean and variance over j; "of any two" is their mean in a shuffled
+order; the local share is (neighbours - any two) / (1 - any two): 0 = neighbours are no more alike than any two tokens,
+1 = they are equal."""
 
 
 def strength(correlation: float) -> str:

@@ -73,7 +73,8 @@ class Adjacent:
         distance_shuffled: the same after the entries of each distance i - j changed places: what a profile over
             distance alone gives (recency).
         both_shuffled: the same after the entries of each distance changed places within blocks of ``ROW_BLOCK`` rows:
-            what scale and profile give together. One entry in ``ROW_BLOCK`` stays where it was by chance.
+            what scale and profile give together, and likeness over stretches longer than a block. One entry in
+            ``ROW_BLOCK`` stays where it was by chance.
     """
 
     spearman: float
