@@ -3,23 +3,27 @@
 ``shared``: the context is compressed before any question is known, once; every question and its answer are appended to
 a copy of that cache as they are. ``multi_turn``: the questions follow one another on one cache; what is fed after an
 answer (the answer itself where it is the gold one, and the next question) is a further prompt to the cache, which
-compresses it by its method. The first question is in view while the context is compressed under protocol ``prompt``,
-and follows it under protocol ``context``.
+compresses it by its method; an arm that only compresses a first prompt is refused there. The first question is in view
+while the context is compressed under protocol ``prompt``, and follows it under protocol ``context``.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from asymkv.cache import CompressedCache
 from asymkv.longbench import measure as single
 from asymkv.longbench import retention
-from asymkv.longbench.arms import Arm, check_stored
+from asymkv.longbench.arms import ArmError, BaseArm
 from asymkv.longbench.data import Row, Task
-from asymkv.longbench.prompts import Prompt, answer_ids, follow_up, shared_prompts
+from asymkv.longbench.memory import DeviceMemory, HostMemory
+from asymkv.longbench.models import devices_of
+from asymkv.longbench.prompts import Prompt, answer_ids, check_questions_fit, follow_up, shared_prompts
 
 Record = dict[str, Any]
 SHARED, GOLD = "shared", "gold"
@@ -47,13 +51,12 @@ class _Asked:
     seconds: float
 
 
-def measure_turns(subject: single.Subject, arm: Arm, task: Task, row: Row, protocol: single.Protocol) -> Record:
-    """Runs one row of several questions; the record has one prediction, loss and score entry per question.
+def check_turns(subject: single.Subject, task: Task, row: Row, protocol: single.Protocol) -> None:
+    """Checks what a row of several questions wants of the protocol and of the model's prompt limit.
 
     Raises:
-        ValueError: for ``shared`` under protocol ``prompt``, where a question would be in view, and for a conversation
-            on the model's own answers where none are generated.
-        StoredTooMuchError: if the cache holds more than the arm allows.
+        ValueError: for ``shared`` under protocol ``prompt``, where a question would be in view; for a conversation on
+            the model's own answers where none are generated; for questions that leave no room for the context.
     """
     shared = row["mode"] == SHARED
     if shared and protocol.name != "context":
@@ -63,34 +66,66 @@ def measure_turns(subject: single.Subject, arm: Arm, task: Task, row: Row, proto
         )
     if not shared and row["earlier"] != GOLD and not protocol.generate:
         raise ValueError(f"{task.dataset}: earlier 'model' goes on from the model's answers, so they must be generated")
+    questions, reserve = _first_questions(subject, task, row, protocol)
+    check_questions_fit(row, questions, task.template, subject.tokenizer, subject.spec, reserve)
+
+
+def check_arm(arm: BaseArm, row: Row) -> None:
+    """Raises ArmError where an arm does not compress what a conversation adds after its first prompt."""
+    if row["mode"] != SHARED and not arm.goes_on:
+        raise ArmError(
+            f"{arm.name} compresses one prompt and leaves what follows as it is, so that it would store more than its "
+            f"share of a conversation; ask it the questions of {row['dataset']} with option mode 'shared'"
+        )
+
+
+def measure_turns(subject: single.Subject, arm: BaseArm, task: Task, row: Row, protocol: single.Protocol) -> Record:
+    """Runs one row of several questions; the record has one prediction, loss and score entry per question.
+
+    Memory covers all questions, as in :func:`asymkv.longbench.measure.measure`.
+
+    Raises:
+        ValueError: see :func:`check_turns`.
+        ArmError: see :func:`check_arm`.
+        StoredTooMuchError: if the cache holds more than the arm allows.
+    """
+    check_turns(subject, task, row, protocol)
+    check_arm(arm, row)
     prompts = _prompts(subject, task, row, protocol)
     prompts = [prompt.without_context() for prompt in prompts] if arm.bare else prompts
     first, rest = retention.split_prompt(prompts[0], protocol.name)
-    clock = single.Clock(subject.model.device)
+    host, accelerators = HostMemory(), DeviceMemory(*devices_of(subject.model))
+    clock = single.Clock(subject.model)
     prefix = retention.compress(subject.model, first)
     seconds = clock.lap()
-    check_stored(arm, prefix.cache, len(first), 0)
+    arm.check(prefix.cache, len(first), 0)
     record = {
         "_id": row["_id"], "dataset": task.dataset, "all_classes": None, "length": row.get("length"),
         "prompt_tokens": len(first), "removed_tokens": prompts[0].removed_tokens, "prefill_seconds": seconds,
         **{key: row[key] for key in task.record_fields if key in row},
-        **single.stored_bytes(prefix.cache, subject.model),
+        **arm.stored(prefix.cache, subject.model),
     }  # fmt: skip
-    ask = _on_copies if shared else _in_turn
-    turns = list(ask(subject, arm, task, row, protocol, prompts, prefix, rest))
-    return record | _joined(turns)
+    if row["mode"] == SHARED:
+        turns = list(_on_copies(subject, arm, task, row, protocol, prompts, prefix, len(first)))
+    else:
+        turns = list(_in_turn(subject, arm, task, row, protocol, prompts[0], prefix, len(first), rest))
+    return record | _joined(turns) | host.result() | accelerators.result()
+
+
+def _first_questions(subject: single.Subject, task: Task, row: Row, protocol: single.Protocol) -> tuple[list[str], int]:
+    """Questions that are asked right behind the context, and the tokens that all later turns of a row may have."""
+    questions = [turn["input"] for turn in row["turns"]]
+    if row["mode"] == SHARED:
+        return questions, 0
+    later = [follow_up(question, subject.tokenizer, chat=_chats(subject, task)) for question in questions[1:]]
+    earlier = [_room(subject, task, row, turn, protocol) for turn in row["turns"][:-1]]
+    return questions[:1], sum(len(prompt.question_ids) for prompt in later) + sum(earlier)
 
 
 def _prompts(subject: single.Subject, task: Task, row: Row, protocol: single.Protocol) -> list[Prompt]:
     """The questions behind the context; in a conversation, only the first one, with room left for what follows."""
-    questions = [turn["input"] for turn in row["turns"]]
-    tokenizer, spec, reserve = subject.tokenizer, subject.spec, 0
-    if row["mode"] != SHARED:
-        later = [follow_up(question, tokenizer, chat=_chats(subject, task)) for question in questions[1:]]
-        earlier = [_room(subject, task, row, turn, protocol) for turn in row["turns"][:-1]]
-        reserve = sum(len(prompt.question_ids) for prompt in later) + sum(earlier)
-        questions = questions[:1]
-    return shared_prompts(row, questions, task.template, tokenizer, spec, raw=task.raw, reserve=reserve)
+    questions, reserve = _first_questions(subject, task, row, protocol)
+    return shared_prompts(row, questions, task.template, subject.tokenizer, subject.spec, raw=task.raw, reserve=reserve)
 
 
 def _room(subject: single.Subject, task: Task, row: Row, turn: Row, protocol: single.Protocol) -> int:
@@ -112,44 +147,44 @@ def _limit(task: Task, turn: Row, protocol: single.Protocol) -> int:
 
 
 def _on_copies(
-    subject: single.Subject, arm: Arm, task: Task, row: Row, protocol: single.Protocol, prompts: Sequence[Prompt],
-    prefix: retention.Prefix, rest: Sequence[int],
+    subject: single.Subject, arm: BaseArm, task: Task, row: Row, protocol: single.Protocol, prompts: Sequence[Prompt],
+    prefix: retention.Prefix, tokens: int,
 ) -> Iterator[Record]:  # fmt: skip
+    """Each question on a copy of the cache of ``tokens`` tokens, where nothing is compressed any more."""
     for turn, prompt in zip(row["turns"], prompts, strict=True):
-        clock = single.Clock(subject.model.device)
-        copy = retention.frozen_fork(prefix.cache)
-        logits = single.feed(subject.model, copy, prompt.question_ids)
-        asked = _Asked(turn, prompt, copy, logits, len(prompt.question_ids), clock.lap())
-        record, _ = _answer(subject, task, asked, protocol, copy)
+        clock = single.Clock(subject.model)
+        own = retention.frozen_fork(prefix.cache)
+        logits = single.feed(subject.model, own, prompt.question_ids)
+        asked = _Asked(turn, prompt, own, logits, len(prompt.question_ids), clock.lap())
+        record, _ = _answer(subject, task, asked, protocol, own)
+        arm.check(own, tokens, asked.fed + record["decode_steps"])
         yield record
 
 
 def _in_turn(
-    subject: single.Subject, arm: Arm, task: Task, row: Row, protocol: single.Protocol, prompts: Sequence[Prompt],
-    prefix: retention.Prefix, rest: Sequence[int],
+    subject: single.Subject, arm: BaseArm, task: Task, row: Row, protocol: single.Protocol, first: Prompt,
+    prefix: retention.Prefix, tokens: int, rest: Sequence[int],
 ) -> Iterator[Record]:  # fmt: skip
+    """The questions one after another on the cache, which has read ``tokens`` tokens; ``rest`` is still to be fed."""
     cache, logits, new = prefix.cache, prefix.last_logits, list(rest)
     gold = row["earlier"] == GOLD
     for number, turn in enumerate(row["turns"]):
-        prompt = prompts[0] if number == 0 else follow_up(turn["input"], subject.tokenizer, chat=_chats(subject, task))
-        clock, seen = single.Clock(subject.model.device), int(cache.tokens_seen[0])
+        prompt = first if number == 0 else follow_up(turn["input"], subject.tokenizer, chat=_chats(subject, task))
+        clock = single.Clock(subject.model)
         new += prompt.question_ids if number else []
         if new:
             logits = single.feed(subject.model, cache, new)
         asked = _Asked(turn, prompt, cache, logits, len(new), clock.lap())
-        used = cache.fork() if gold else cache
+        used = _fork(cache) if gold else cache
         record, unfed = _answer(subject, task, asked, protocol, used)
-        check_stored(arm, used, seen, len(new) + _since(arm, record["decode_steps"]))
+        arm.check(used, tokens, len(new) + arm.uncompacted(record["decode_steps"]))
         yield record
-        if gold:
-            unfed = _gold_ids(subject, task, asked, protocol)
-        new = unfed
+        tokens += len(new) + (0 if gold else record["decode_steps"])
+        new = _gold_ids(subject, task, asked, protocol) if gold else unfed
 
 
-def _since(arm: Arm, steps: int) -> int:
-    """Generated tokens since the last compaction, at most."""
-    interval = arm.config.decode_interval
-    return min(steps, interval) if interval and arm.config.options.compresses else steps
+def _fork(cache: Any) -> Any:
+    return cache.fork() if isinstance(cache, CompressedCache) else copy.deepcopy(cache)
 
 
 def _gold_ids(subject: single.Subject, task: Task, asked: _Asked, protocol: single.Protocol) -> list[int]:
@@ -171,7 +206,7 @@ def _answer(
     record |= {"task": asked.turn["task"]} if "task" in asked.turn else {}
     if not protocol.generate:
         return record, []
-    clock, limit = single.Clock(subject.model.device), _limit(task, asked.turn, protocol)
+    clock, limit = single.Clock(subject.model), _limit(task, asked.turn, protocol)
     said, fed = single.greedy(subject.model, cache, asked.logits, limit, subject.stop_ids)
     record |= {
         "pred": subject.tokenizer.decode(said, skip_special_tokens=True), "new_tokens": len(said),

@@ -251,7 +251,7 @@ def test_longbench_v2_finds_the_letter_by_its_own_expressions(said: str, letter:
 def test_longbench_v2_scores_by_difficulty_and_length() -> None:
     def record(letter: str, difficulty: str, length: str) -> dict:
         return {"pred": f"The correct answer is {letter}", "answers": ["The correct answer is (A)"],
-                "difficulty": difficulty, "length": length}  # fmt: skip
+                "difficulty": difficulty, "length_group": length}  # fmt: skip
 
     records = [record("A", "easy", "short"), record("B", "hard", "short"), record("A", "hard", "long")]
     assert benchmark("longbench_v2").total(records) == 66.67

@@ -83,7 +83,7 @@ def test_published_files_run_to_their_details(run, tmp_path: Path) -> None:
     }  # fmt: skip
     assert set(scores["details"]["longbench_v2"]) == {"easy", "short"} and "strict" in scores["details"]["gsm8k"]
     cut = json.loads((tmp_path / "run" / "full" / "longbench_v2.jsonl").read_text(encoding="utf-8"))
-    assert cut["removed_tokens"] > 1000 and (cut["domain"], cut["length"]) == ("d", "short")
+    assert cut["removed_tokens"] > 1000 and (cut["domain"], cut["length"], cut["length_group"]) == ("d", 500, "short")
 
 
 def test_bad_options_stop_before_anything_runs(run, capsys) -> None:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asymkv.longbench import models
-from asymkv.longbench.data import Row, Task
+from asymkv.longbench.data import Task
 from asymkv.longbench.files import sha256
+from asymkv.longbench.jsonl import check_finite, numbered_objects, shown
 from asymkv.longbench.prompts import prompt_tokens
+from asymkv.longbench.rows import Row, check_ids, check_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,12 +79,14 @@ class Benchmark:
         rows: called with the source and the dataset's options as keywords; rows in LongBench's fields.
         score: score in [0, 1] of one record, or of one turn of it, by its ``pred`` and ``answers``.
         details: further scores in percent, by name, of all records.
+        reads: fields of a record, or of a turn of it, that the scores read beside ``pred`` and ``answers``.
     """
 
     task: Task
     rows: Callable[..., list[Row]]
     score: Callable[[Row], float]
     details: Callable[[Sequence[Row]], dict[str, float]] | None = None
+    reads: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -99,12 +103,22 @@ class Benchmark:
         """The rows under these settings.
 
         Raises:
-            ValueError: for a setting that the dataset does not have (lists those it has), and for bad data.
+            ValueError: for a setting that the dataset does not have (lists those it has), and for bad data: no rows at
+                all, a row without what every row has, or an ``_id`` of two rows.
         """
         unknown = sorted(set(options) - set(self.options))
         if unknown:
             raise ValueError(f"{self.name} has no options {unknown}; allowed: {', '.join(self.options) or 'none'}")
-        return self.rows(source, **options)
+        made = self.rows(source, **options)
+        placed = [(f"{self.name}, row {index}", entry) for index, entry in enumerate(made)]
+        for place, entry in placed:
+            check_row(self.name, entry, place)
+            if not all(turn["answers"] for turn in turns_of(entry)):
+                raise ValueError(f"{place}: field 'answers' is empty")
+        check_ids(placed)
+        if not made:
+            raise ValueError(f"{self.name} has no rows in {source.data_dir or 'what it is read from'}")
+        return made
 
     def total(self, records: Sequence[Row]) -> float:
         """Mean score in percent, two decimals; each turn of a record counts like a row."""
@@ -173,7 +187,9 @@ def find_file(data_dir: Path, names: Sequence[str]) -> Path:
 def read_json(path: Path) -> Any:
     """The content of a json file; the error names file and line."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno} is not JSON: {error.msg}") from error
 
@@ -184,23 +200,16 @@ def read_records(path: Path) -> list[tuple[str, Row]]:
     Raises:
         ValueError: for a file or line that is not JSON, or a record that is no object.
     """
-    if path.suffix == ".json":
-        table = read_json(path)
-        if not isinstance(table, list):
-            raise ValueError(f"{path} must hold a list of records, found {type(table).__name__}")
-        found = [(f"{path}, record {index}", record) for index, record in enumerate(table)]
-    else:
-        found = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                found.append((f"{path}:{number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number} is not JSON: {error.msg}") from error
+    if path.suffix != ".json":
+        return list(numbered_objects(path.read_bytes(), str(path)))
+    table = read_json(path)
+    if not isinstance(table, list):
+        raise ValueError(f"{path} must hold a list of records, found {type(table).__name__}")
+    found = [(f"{path}, record {index}", record) for index, record in enumerate(table)]
     for where, record in found:
         if not isinstance(record, dict):
-            raise ValueError(f"{where} must be an object with fields, found {type(record).__name__}")
+            raise ValueError(f"{where} must be a JSON object, found {shown(record)}")
+        check_finite(record, where)
     return found
 
 

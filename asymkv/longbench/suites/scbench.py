@@ -269,7 +269,8 @@ def details(score: Callable[[Row], float], records: Sequence[Row]) -> dict[str, 
 def _benchmark(dataset: str, kind: Kind) -> Benchmark:
     longest = kind.max_new_tokens if isinstance(kind.max_new_tokens, int) else max(kind.max_new_tokens.values())
     task = Task(dataset, TEMPLATE, longest, all_answers=kind.all_answers, record_fields=("mode", "earlier"))
-    return Benchmark(task, partial(load, dataset), kind.score, partial(details, kind.score))
+    reads = ("task",) if isinstance(kind.max_new_tokens, dict) else ()
+    return Benchmark(task, partial(load, dataset), kind.score, partial(details, kind.score), reads)
 
 
 SUITE = Suite("scbench", tuple(_benchmark(dataset, kind) for dataset, kind in KINDS.items()))

@@ -130,7 +130,7 @@ def details(records: Sequence[Row]) -> dict[str, float]:
 
 def _benchmark(dataset: str) -> Benchmark:
     task = Task(dataset, TEMPLATE, MAX_NEW_TOKENS, record_fields=("is_impossible",))
-    return Benchmark(task, partial(load, dataset), f1, details)
+    return Benchmark(task, partial(load, dataset), f1, details, reads=("is_impossible",))
 
 
 SUITE = Suite("squad", (_benchmark("squad"), _benchmark("squad_v2")), apart=frozenset({"squad_v2"}))

@@ -1,0 +1,43 @@
+"""What would stop a run after hours, found before its first row is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from asymkv.longbench.arms import BaseArm
+from asymkv.longbench.data import Row, Task
+from asymkv.longbench.measure import Protocol, Subject
+from asymkv.longbench.prompts import check_fields, check_template_fits
+from asymkv.longbench.turns import check_arm, check_turns
+
+
+def check_asked(
+    arms: Sequence[BaseArm],
+    tasks: Mapping[str, Task],
+    rows: Mapping[str, Sequence[Row]],
+    subject: Subject,
+    protocol: Protocol,
+) -> None:
+    """Checks that every row can be asked of every arm.
+
+    Args:
+        arms: the arms.
+        tasks: prompts by dataset.
+        rows: rows by dataset.
+        subject: the model's tokenizer and prompt limit.
+        protocol: how rows are measured.
+
+    Raises:
+        ValueError: for a prompt without its field, a limit below the template, or several questions that do not fit
+            the protocol or the limit.
+        ArmError: for an arm that cannot answer several questions in the way that a row asks for.
+    """
+    for dataset, asked in rows.items():
+        task = tasks[dataset]
+        for row in asked:
+            check_fields(task.template, row, dataset, task.answer_prefix)
+            if "turns" in row:
+                check_turns(subject, task, row, protocol)
+                for arm in arms:
+                    check_arm(arm, row)
+        check_template_fits(task.template, dataset, subject.tokenizer, subject.spec)
