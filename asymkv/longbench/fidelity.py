@@ -174,8 +174,8 @@ def without_context() -> Arm:
 class FidelityRun:
     """Measures cells on one model and appends what it finds to a folder.
 
-    An arm that stores more than its settings allow, or gives NaN, is not recorded and not run again; ``refused`` says why, by arm, so
-    that the others of a long run are still measured.
+    An arm that stores more than its settings allow, or gives NaN, is not recorded and not run again; ``refused`` says
+    why, by arm, so that the others of a long run are still measured.
 
     Args:
         subject: an unpatched model, and how it is prompted.
