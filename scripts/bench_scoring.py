@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for job in jobs:
         for row in job():
             each = 1e6 * row["cpu_seconds"] / row["predictions"]
-            print(f"{row['what']:>36} {row['predictions']:>6} {row['cpu_seconds']:8.2f} s {each:9.1f} us each", flush=True)
+            seconds = row["cpu_seconds"]
+            print(f"{row['what']:>36} {row['predictions']:>6} {seconds:8.2f} s {each:9.1f} us each", flush=True)
             rows.append({**row, "seconds": f"{row['seconds']:.3f}", "cpu_seconds": f"{row['cpu_seconds']:.3f}",
                          "cpu_microseconds_each": f"{each:.1f}", "mean_score": f"{row['mean_score']:.4f}"})  # fmt: skip
     out = io.StringIO()
