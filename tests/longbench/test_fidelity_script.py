@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from asymkv.longbench import fidelity, fidelity_report, needle_plot, peers
+from asymkv.longbench import fidelity, fidelity_report, needle_plot, peers, sample
 from asymkv.longbench.arms import StoredTooMuchError
 from asymkv.longbench.records import RecordFolder
 
