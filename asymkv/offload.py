@@ -15,8 +15,8 @@ def weight_of(module: nn.Module) -> Tensor:
     if not weight.is_meta:
         return weight
     hook = getattr(module, "_hf_hook", None)
-    found = (getattr(hook, "weights_map", None) or {}).get("weight") if hook is not None else None
-    if found is None:
+    found = getattr(hook, "weights_map", None)
+    if hook is None or found is None:
         raise ValueError(f"the weight of {type(module).__name__} is on the meta device and nothing says where its "
                          "values are; load the model with from_pretrained")  # fmt: skip
-    return found.to(hook.execution_device)
+    return found["weight"].to(hook.execution_device)

@@ -3,7 +3,8 @@
     python scripts/bench_scoring.py --out results/scoring                 # 10,000 predictions each
     python scripts/bench_scoring.py --out results/scoring --count 100     # a smoke run
 
-No model runs. ``scoring.csv`` holds seconds and microseconds a prediction, ``conditions.json`` machine and versions.
+No model runs. ``scoring.csv`` holds wall and processor time (a shared machine's wall time says little), and
+``conditions.json`` machine and versions.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from asymkv.files import write_atomic
 from asymkv.longbench import scoring_speed
 from asymkv.longbench.conditions import commit, cpu_name
 
-COLUMNS = ("what", "predictions", "seconds", "microseconds_each", "mean_score", "largest_difference")
+COLUMNS = ("what", "predictions", "seconds", "cpu_seconds", "cpu_microseconds_each", "mean_score", "largest_difference")
 PACKAGES = ("numpy", "rouge", "rouge_score", "jieba")
 
 
@@ -47,10 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     for job in jobs:
         for row in job():
-            each = 1e6 * row["seconds"] / row["predictions"]
-            print(f"{row['what']:>36} {row['predictions']:>6} {row['seconds']:8.2f} s {each:10.1f} us each", flush=True)
-            rows.append({**row, "seconds": f"{row['seconds']:.3f}", "microseconds_each": f"{each:.1f}",
-                         "mean_score": f"{row['mean_score']:.4f}"})  # fmt: skip
+            each = 1e6 * row["cpu_seconds"] / row["predictions"]
+            seconds = row["cpu_seconds"]
+            print(f"{row['what']:>36} {row['predictions']:>6} {seconds:8.2f} s {each:9.1f} us each", flush=True)
+            rows.append({**row, "seconds": f"{row['seconds']:.3f}", "cpu_seconds": f"{row['cpu_seconds']:.3f}",
+                         "cpu_microseconds_each": f"{each:.1f}", "mean_score": f"{row['mean_score']:.4f}"})  # fmt: skip
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -10,6 +10,7 @@ import torch
 from longbench_files import load_script, merged_but_for_times, pred_arguments, write_inputs
 
 from asymkv.longbench import models
+from asymkv.offload import weight_of
 
 # Embedding, first layer and head rest on disk: ids, attention and logits all meet weights that are elsewhere.
 SPREAD = {
@@ -75,3 +76,8 @@ def test_ranks_of_one_node_do_not_spread_over_each_others_devices(monkeypatch: p
         pred.placement(args, ranks)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert pred.placement(args, ranks) == models.Placement("auto", None, "w/rank1")
+
+
+def test_a_weight_without_values_is_refused() -> None:
+    with pytest.raises(ValueError, match="weight of Linear is on the meta device and nothing says where"):
+        weight_of(torch.nn.Linear(2, 2, device="meta"))
