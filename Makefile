@@ -17,7 +17,21 @@ export OMP_WAIT_POLICY = PASSIVE
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test test-oldest test-gpu bench-gpu lint format clean readme
+# What the reproduce targets run on: LongBench rows and prompts where given, else tasks that the package builds itself.
+MODEL ?= smollm2
+PROTOCOL ?= context
+DTYPE ?= bfloat16
+DEVICE ?= cpu
+LONGBENCH_CONFIG ?=
+ARGS ?=
+EMBEDDED = --sample all --tasks needle passage_retrieval code_completion
+ROWS = $(if $(DATA_DIR),--data-dir $(DATA_DIR) $(if $(LONGBENCH_CONFIG),--longbench-config $(LONGBENCH_CONFIG)),$(EMBEDDED))
+TEXTS ?=
+ROWS += $(if $(TEXTS),--texts $(TEXTS))
+HEADS = results/.heads-$(subst /,_,$(MODEL))
+ON = --model $(MODEL) --dtype $(DTYPE) --device $(DEVICE)
+
+.PHONY: install kvpress demo test test-oldest test-gpu bench-gpu lint format clean readme
 
 SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -38,6 +52,9 @@ endif
 
 install: $(VENV)/.installed  ## venv with everything the demo and the tests need
 
+kvpress: install  ## kvpress and its transformers, beside this library's, for comparisons with its presses
+	$(BIN)/python -m asymkv.longbench.peers --install
+
 demo: install  ## install, get SmolLM2, run AsymKV, StreamingLLM and the full cache, print the table
 	$(BIN)/python scripts/demo.py
 
@@ -54,6 +71,24 @@ bench-gpu: install  ## the benchmarks on a CUDA device
 	$(BIN)/python scripts/bench_ops.py --device cuda --dtypes bfloat16 --out benchmarks/results/ops_gpu
 	$(BIN)/python scripts/bench_model.py --model llama-3.1-8b-random --batches 1,4,8 --device cuda \
 	  --out benchmarks/results/model_gpu
+
+# A killed run goes on where it stopped. Tables, csv and figure lie in results/<name>-<protocol>.
+reproduce-main: install $(HEADS)  ## every method and kvpress's presses, same rows, same share of rows
+	$(BIN)/python scripts/fidelity.py --experiment methods peers $(ON) $(ROWS) --protocol $(PROTOCOL) \
+	  --out results/main-$(PROTOCOL) $(ARGS)
+
+reproduce-speed: install  ## prefill, memory and decode of AsymKV beside the plain cache
+	$(BIN)/python scripts/bench_prefill_decode.py --model $(MODEL) --out results/speed $(ARGS)
+
+reproduce-%: install  ## any experiment of configs/experiments: budgets, ablation, foundation
+	$(BIN)/python scripts/fidelity.py --experiment $* $(ON) $(ROWS) --protocol $(PROTOCOL) \
+	  --out results/$*-$(PROTOCOL) $(ARGS)
+
+# Head scores that razor, duo_attention, headkv and uncomp need, measured once per model.
+$(HEADS): | install
+	$(BIN)/python scripts/find_retrieval_heads.py --model $(MODEL) --block 512
+	$(BIN)/python scripts/find_retrieval_heads.py --model $(MODEL) --kind entropy --text-file README.md
+	mkdir -p results && touch $@
 
 lint: install  ## ruff, formatting, types, house rules
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from asymkv.budgets.heads import Judged
 from asymkv.cache import CompressedCache, Step
 from asymkv.layer import CompressedLayer, Judgement
 from asymkv.models.adapter import FamilyAdapter
+from asymkv.offload import weight_of
 from asymkv.ops import differentiable_attention, ragged_attention, row_bias
 from asymkv.rope import apply_rope
 from asymkv.view import RowView
@@ -32,7 +33,7 @@ def attention_forward(
         raise ValueError("a CompressedCache is driven by the causal LM's forward; call the LM, not its decoder alone")
     layer = cache.layers[module.layer_idx]
     if "output_weight" in cache.config.options.needs:
-        layer.output_weight = module.o_proj.weight
+        layer.output_weight = weight_of(module.o_proj)
     q, k, v = adapter.project(module, hidden)
     if cache.step.replay is not None:
         out = cache.step.replay.attend(cache, layer, q, k, v, hidden, module.scaling)

@@ -16,6 +16,7 @@ from asymkv.config import CompressionConfig
 from asymkv.files import replace_file, sha256_file, write_atomic
 from asymkv.models import get_adapter
 from asymkv.observations import QueryRing
+from asymkv.offload import weight_of
 from asymkv.storage import RaggedStorage
 
 if TYPE_CHECKING:
@@ -38,8 +39,7 @@ def fingerprint(model: PreTrainedModel, *, any_dtype: bool = False) -> dict[str,
     attention = [m for m in model.modules() if isinstance(m, get_adapter(model.config.model_type).attention_class())]
     digest = hashlib.sha256()
     for layer in (attention[0], attention[-1]):
-        weight: Tensor = layer.k_proj.weight  # type: ignore[union-attr, assignment]
-        values = weight.detach().float()
+        values = weight_of(layer.k_proj).detach().float()  # type: ignore[arg-type]
         digest.update((values.signbit() if any_dtype else values).cpu().numpy().tobytes())
     return {
         "model_type": model.config.model_type,

@@ -24,8 +24,8 @@ from transformers import DynamicCache
 
 import asymkv
 from asymkv.files import write_atomic
+from asymkv.longbench.arms import full_cache_bytes
 from asymkv.longbench.conditions import commit, device_name
-from asymkv.longbench.measure import full_cache_bytes
 from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
 
 METHODS = (

@@ -1,7 +1,12 @@
-"""Scores the folders that scripts/pred.py wrote: LongBench scores, context retention, bytes and speed.
+"""Scores the folders that scripts/pred.py wrote: LongBench scores, context retention, bytes, time and memory.
 
-python scripts/eval.py runs/small
-python scripts/eval.py runs/ratio25 runs/ratio50 --json runs/all.json --markdown runs/all.md --plot runs/all.png
+    python scripts/eval.py runs/small
+    python scripts/eval.py runs/ratio25 runs/ratio50 --json runs/all.json --markdown runs/all.md --plot runs/all.png
+
+Folders of ``<task>.jsonl`` that LongBench's own pred.py or another project wrote (fields ``pred``, ``answers``,
+``all_classes``, ``length``) are scored too, alone or beside the others; ``--e`` adds LongBench-E's length buckets:
+
+    python scripts/eval.py LongBench/pred_e/my-model --e
 """
 
 from __future__ import annotations
@@ -13,12 +18,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from asymkv.longbench import report
+from asymkv.longbench import predictions, report
+from asymkv.longbench.files import write_atomic
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", help="output folders of scripts/pred.py, or folders of single arms")
+    parser.add_argument("folders", nargs="+", help="of scripts/pred.py or its single arms, or of <task>.jsonl")
+    parser.add_argument("--e", action="store_true", help="length buckets for all tasks, not only those named <task>_e")
     parser.add_argument("--json", help="scores as json (default: report.json in the first folder)")
     parser.add_argument("--markdown", help="table as markdown (default: report.md in the first folder)")
     parser.add_argument("--plot", help="score and retention against bytes, as png, pdf or svg (needs matplotlib)")
@@ -26,9 +33,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def show(scores: dict) -> None:
-    """Prints the table."""
-    header, cells = report.table_rows(scores)
+def show(header: list[str], cells: list[list[str]]) -> None:
+    """Prints a table."""
     table = Table()
     for number, name in enumerate(header):
         table.add_column(name, justify="right" if number else "left")
@@ -40,14 +46,23 @@ def show(scores: dict) -> None:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    arms = report.find_arms(args.folders)
-    scores = report.build_report(arms, seed=args.seed)
+    plain = {folder: predictions.plain_folders(folder) for folder in args.folders}
+    runs = [folder for folder in args.folders if not plain[folder]]
+    arms = report.find_arms(runs) if runs else []
+    scores = report.build_report(arms, seed=args.seed, by_length=args.e)
+    for folder in (folder for found in plain.values() for folder in found):
+        name = folder.name if folder.name not in scores else f"{folder.resolve().parent.name}/{folder.name}"
+        if name in scores:
+            raise ValueError(f"{folder} cannot be told apart from another folder by its name {name!r}")
+        scores[name] = predictions.score_folder(folder, by_length=args.e)
     first = Path(args.folders[0])
-    Path(args.json or first / "report.json").write_text(report.to_json(scores), encoding="utf-8")
-    Path(args.markdown or first / "report.md").write_text(report.markdown(scores, arms), encoding="utf-8")
+    write_atomic(Path(args.json or first / "report.json"), report.to_json(scores))
+    write_atomic(Path(args.markdown or first / "report.md"), report.markdown(scores, arms))
     if args.plot:
         report.plot(scores, args.plot)
-    show(scores)
+    for header, cells in (report.table_rows(scores), report.bucket_rows(scores), report.cost_rows(scores)):
+        if cells:
+            show(header, cells)
     return scores
 
 

@@ -9,34 +9,43 @@ Two processes into the same folder: add ``--shard 0/2`` to one and ``--shard 1/2
 where it stopped when started again. ``--report-only`` rebuilds the tables. A smoke run: ``--max-rows 1 --arms h2o``.
 Every planted fact at every depth and length: ``--sample all --tasks needle``; one fact among others, lengths in tokens:
 ``--sample all --tasks ruler_niah_multikey --options '{"ruler": {"lengths": [2048, 4096], "rows": 10}}'``.
+
+Several experiments over the same rows and several models make one table: ``--experiment methods peers --model smollm2
+FOLDER``; each model has a subfolder of its own then. Presses of kvpress (``configs/experiments/peers.yaml``) are
+measured by a worker process in kvpress's own environment, which is installed on first use (``make kvpress``).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from asymkv.longbench import fidelity, models, runner, suites
-from asymkv.longbench.data import load_tasks
+from asymkv.longbench import fidelity, models, peers, runner, suites
+from asymkv.longbench.data import Row, Task, load_tasks
+from asymkv.longbench.fidelity_joint import write_joint_report
 from asymkv.longbench.fidelity_report import write_report
 from asymkv.longbench.files import write_atomic
+from asymkv.longbench.measure import Subject
+from asymkv.longbench.press_arms import PressArm, PressError
 from asymkv.longbench.records import RecordFolder, Shard
 from asymkv.longbench.retention import PROTOCOLS
-from asymkv.longbench.sample import STANDING_TASKS, load_sample, pick_sample, select_standing_sample
+from asymkv.longbench.sample import STANDING_TASKS, Sample, load_sample, pick_sample, select_standing_sample
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--experiment", required=True, help="yaml of arms and ratios, or the name of a shipped one")
+    add("--experiment", required=True, nargs="+", help="yamls of arms and ratios, or names of shipped ones")
     add("--out", type=Path, help="folder of records and tables; it takes one setting only")
     add("--arms", nargs="+", help="only these arms (the full cache always runs)")
     # what is read
@@ -48,7 +57,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-rows", type=int, help="only the first so many rows of each task; 0 = texts only")
     add("--texts", type=Path, help="folder of .txt files for perplexity and KL divergence")
     # how it is run
-    add("--model", default="smollm2", help="short name, hub id or folder")
+    add("--model", default=["smollm2"], nargs="+", help="short names, hub ids or folders")
     add("--max-length", type=int, help="longest prompt, for a model that configs/models.yaml does not know")
     add("--no-chat-template", action="store_true", help="ask every task without the chat template")
     add("--protocol", choices=PROTOCOLS, default="context", help="what is in view while compressing")
@@ -59,6 +68,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     # other things to do
     add("--report-only", action="store_true", help="rebuild tables and figure from the folder's records")
     add("--write-sample", type=Path, metavar="FILE", help="choose a standing sample from --data-dir")
+    add(peers.WORKER_FLAG, action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.out is None and args.write_sample is None:
         parser.error("--out is required")
@@ -79,50 +89,145 @@ def write_sample(args: argparse.Namespace, spec: models.ModelSpec) -> None:
     write_atomic(args.write_sample, json.dumps(table, indent=2) + "\n")
 
 
-def measure(
-    args: argparse.Namespace, spec: models.ModelSpec, experiment: fidelity.Experiment, out: RecordFolder
-) -> dict[str, str]:
-    """Runs what the folder lacks of this process's shard; returns the arms that were refused, and why."""
+class Inputs(NamedTuple):
+    """What one process measures on: its share of the rows and windows."""
+
+    sample: Sample
+    tasks: Mapping[str, Task]
+    rows: list[tuple[str, Row]]
+    texts: Mapping[str, str] | None
+    windows: list[fidelity.Window]
+    subject: Subject
+
+    def items(self) -> Iterator[tuple[str, str, str]]:
+        """Kind, dataset and id of everything."""
+        yield from (("row", task, row["_id"]) for task, row in self.rows)
+        yield from (("window", window.text, str(window.index)) for window in self.windows)
+
+
+def load(args: argparse.Namespace, spec: models.ModelSpec, experiment: fidelity.Experiment) -> Inputs:
+    """Reads rows, prompts and texts, and loads the model."""
     made = {"options": args.options, "reader": suites.Reader(spec)}
     sample = pick_sample(args.sample or experiment.sample, args.tasks, args.data_dir, **made)
     rows = load_sample(sample, args.data_dir, max_rows=args.max_rows, **made)
     tasks = load_tasks(sample.tasks, args.longbench_config)
     texts = fidelity.read_texts(args.texts) if args.texts else None
     limit = min(spec.max_length, sample.max_prompt_tokens or spec.max_length)
-    spec = models.resolve_spec(args.model, max_length=limit, chat_template=spec.chat_template)
+    spec = dataclasses.replace(spec, max_length=limit)
     subject = runner.load_subject(spec, torch.device(args.device), args.dtype)
-    cells = experiment.cells(args.arms)
-    settings = fidelity.run_settings(experiment, cells, subject, args.protocol, sample=sample, tasks=tasks, texts=texts)
-    ranks = runner.Ranks(args.shard.index, args.shard.count, torch.device(args.device))
-    out.claim(settings, runner.conditions(subject, ranks))
-    run = fidelity.FidelityRun(subject, args.protocol, out)
     windows = fidelity.windows_of(texts, subject.tokenizer, experiment.texts) if texts else []
     mine = slice(args.shard.index, None, args.shard.count)
-    for task, row in tqdm(rows[mine], desc="rows", disable=not rows):
-        for name in run.run_row(tasks[task], row, cells):
+    return Inputs(sample, tasks, rows[mine], texts, windows[mine], subject)
+
+
+def measure_cells(
+    args: argparse.Namespace,
+    experiment: fidelity.Experiment,
+    inputs: Inputs,
+    run: fidelity.FidelityRun,
+    cells: Sequence[fidelity.Cell],
+    conditions: Mapping[str, Any],
+) -> dict[str, str]:
+    """Runs what the folder lacks of these cells; returns the arms that were refused, and why."""
+    settings = fidelity.run_settings(
+        experiment, cells, inputs.subject, args.protocol, sample=inputs.sample, tasks=inputs.tasks, texts=inputs.texts
+    )
+    ranks = runner.Ranks(args.shard.index, args.shard.count, torch.device(args.device))
+    run.folder.claim(settings, {**runner.conditions(inputs.subject, ranks), **conditions})
+    for task, row in tqdm(inputs.rows, desc="rows", disable=not inputs.rows):
+        for name in run.run_row(inputs.tasks[task], row, cells):
+            peers.stop_if_orphaned()
             tqdm.write(f"{task} {row['_id'][:8]} {name}", file=sys.stderr)
-    for window in tqdm(windows[mine], desc="texts", disable=not windows):
+    for window in tqdm(inputs.windows, desc="texts", disable=not inputs.windows):
         for name in run.run_window(window, cells):
+            peers.stop_if_orphaned()
             tqdm.write(f"{window.text} {window.index} {name}", file=sys.stderr)
     return run.refused
 
 
+def measure_own(
+    args: argparse.Namespace, spec: models.ModelSpec, experiment: fidelity.Experiment, out: RecordFolder
+) -> tuple[dict[str, str], bool]:
+    """Measures this library's arms; returns those that were refused, and whether presses are missing."""
+    inputs = load(args, spec, experiment)
+    cells = experiment.cells(args.arms)
+    presses = [cell for cell in cells if isinstance(cell, PressArm)]
+    run = fidelity.FidelityRun(inputs.subject, args.protocol, out)
+    missing = any(run.missing(*item, presses) for item in inputs.items())
+    if missing:
+        peers.check([cell.press for cell in presses if cell.press])
+    own = [cell for cell in cells if not isinstance(cell, PressArm)]
+    return measure_cells(args, experiment, inputs, run, [fidelity.without_context(), *own], {}), missing
+
+
+def measure_presses(
+    args: argparse.Namespace, spec: models.ModelSpec, experiment: fidelity.Experiment, out: RecordFolder
+) -> dict[str, str]:
+    """Measures the presses, in the worker, once the full cache is known to lose here what it lost in the caller."""
+    inputs = load(args, spec, experiment)
+    cells = experiment.cells(args.arms)
+    full = PressArm(cells[0].name)
+    run = fidelity.FidelityRun(inputs.subject, args.protocol, out)
+    conditions = {"peer": peers.versions(), "full_cache": run.compare_full(full.name, inputs.tasks, inputs.rows)}
+    presses = [full, *(cell for cell in cells if isinstance(cell, PressArm))]
+    return measure_cells(args, experiment, inputs, run, presses, conditions)
+
+
+def run_model(
+    args: argparse.Namespace, argv: Sequence[str], spec: models.ModelSpec, experiment: fidelity.Experiment, out: Path
+) -> dict[str, str]:
+    """Measures one model into its folder, presses in the worker, and writes its report."""
+    folder = RecordFolder(out, fidelity.record_key, args.shard)
+    refused: dict[str, str] = {}
+    if not args.report_only:
+        refused, missing = measure_own(args, spec, experiment, folder)
+        try:
+            if missing:
+                refused |= peers.start_worker(__file__, [*argv, "--model", spec.path, "--out", str(out)])
+        except PressError as error:
+            refused["presses of kvpress"] = str(error)
+    print(write_report(folder, experiment))
+    return {f"{spec.name}, {arm}": why for arm, why in refused.items()}
+
+
+def run_worker(args: argparse.Namespace, spec: models.ModelSpec, experiment: fidelity.Experiment) -> dict[str, str]:
+    """What ``run_model`` starts in kvpress's environment, for one model."""
+    folder = RecordFolder(args.out, fidelity.record_key, args.shard, peers.WORKER)
+    return measure_presses(args, spec, experiment, folder)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs, then reports."""
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO)
     torch.set_num_threads(args.threads)
     chat_template = False if args.no_chat_template else None
-    spec = models.resolve_spec(args.model, max_length=args.max_length, chat_template=chat_template)
+    specs = [models.resolve_spec(m, max_length=args.max_length, chat_template=chat_template) for m in args.model]
     if args.write_sample:
-        write_sample(args, spec)
+        write_sample(args, specs[0])
         return
-    experiment = fidelity.load_experiment(args.experiment)
-    out = RecordFolder(args.out, fidelity.record_key, args.shard)
-    refused = {} if args.report_only else measure(args, spec, experiment, out)
-    print(write_report(out, experiment))
+    experiment = fidelity.join_experiments([fidelity.load_experiment(name) for name in args.experiment])
+    if args.kvpress_worker:
+        peers.answer(lambda: run_worker(args, specs[0], experiment))
+        return
+    folders = model_folders(specs, args.out)
+    refused = {}
+    for spec in specs:
+        refused |= run_model(args, argv, spec, experiment, folders[spec.name])
+    if len(specs) > 1:
+        read = {name: RecordFolder(folder, fidelity.record_key) for name, folder in folders.items()}
+        print(write_joint_report(args.out, read, experiment))
     if refused:
         raise SystemExit("not measured:\n" + "\n".join(f"{arm}: {why}" for arm, why in refused.items()))
+
+
+def model_folders(specs: Sequence[models.ModelSpec], out: Path) -> dict[str, Path]:
+    """Where each model's records go: of one model the folder itself, of several a subfolder each."""
+    names = [spec.name for spec in specs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"models must have different names, got {names}")
+    return {name: out if len(names) == 1 else out / name for name in names}
 
 
 if __name__ == "__main__":

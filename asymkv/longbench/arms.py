@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import abc
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -14,21 +16,75 @@ import yaml
 from asymkv.budgets import parse_bytes
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from asymkv.cache import CompressedCache
     from asymkv.config import CompressionConfig
 
 FULL = "full"
 # The full cache on a prompt whose context is empty: the floor of context retention.
 NONE = "none"
+# Before the class of a press of kvpress.
+PRESS_PREFIX = "kvpress:"
 
 
-class StoredTooMuchError(RuntimeError):
+class ArmError(RuntimeError):
+    """An arm cannot be measured; the others of a run can."""
+
+
+class StoredTooMuchError(ArmError):
     """A compressed arm holds more than its budget allows, so its results would be another method's."""
 
 
+class BaseArm(abc.ABC):
+    """One column of a comparison: what is done to the model's cache, and what may be left of it.
+
+    While an arm is applied, the model fills, compresses and continues caches of the arm's own kind, so that measuring
+    takes the same calls for every arm.
+    """
+
+    name: str
+    bare: bool
+
+    @property
+    @abc.abstractmethod
+    def compresses(self) -> bool:
+        """Whether this is anything but the full cache."""
+
+    @abc.abstractmethod
+    def applied(self, model: PreTrainedModel) -> contextlib.AbstractContextManager[Any]:
+        """The model under this arm, unpatched again afterwards."""
+
+    @abc.abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """All that the arm's numbers depend on, for a run's record."""
+
+    @abc.abstractmethod
+    def stored(self, cache: Any, model: PreTrainedModel) -> dict[str, Any]:
+        """Rows and bytes that the cache of one sequence holds, and held at most; plain json types."""
+
+    @abc.abstractmethod
+    def check(self, cache: Any, tokens: int, extra: int) -> None:
+        """Raises where the cache of one sequence holds more than the arm allows.
+
+        Args:
+            cache: of one sequence.
+            tokens: prompt tokens that were compressed.
+            extra: rows that may have come since.
+        """
+
+    def in_force(self) -> dict[str, Any]:
+        """What settings that were left open came to."""
+        return {}
+
+    def uncompacted(self, fed: int) -> int:
+        """Of ``fed`` tokens that followed the prompt one by one, how many may still be there uncompressed."""
+        return fed
+
+
 @dataclasses.dataclass(frozen=True)
-class Arm:
-    """One column of a comparison.
+class Arm(BaseArm):
+    """An arm of this library.
 
     Args:
         name: folder and label.
@@ -39,6 +95,56 @@ class Arm:
     name: str
     config: CompressionConfig
     bare: bool = False
+
+    @property
+    def ratio(self) -> float | None:
+        """Share of rows kept, where the budget is one."""
+        return self.config.ratio
+
+    @property
+    def compresses(self) -> bool:
+        return self.config.options.compresses
+
+    def applied(self, model: PreTrainedModel) -> contextlib.AbstractContextManager[Any]:
+        import asymkv
+
+        return asymkv.replace(model.config.model_type, self.config, model=model)
+
+    def settings(self) -> dict[str, Any]:
+        return self.config.to_dict()
+
+    def stored(self, cache: CompressedCache, model: PreTrainedModel) -> dict[str, Any]:
+        counts, tokens, stats = stored_rows(cache), int(cache.tokens_seen[0]), cache.stats()
+        return {
+            "tokens_seen": tokens,
+            "rows_min": min(counts),
+            "rows_max": max(counts),
+            "stored_bytes": cache.nbytes,
+            "full_bytes": full_cache_bytes(model, tokens),
+            "kept_ratio": sum(counts) / (len(counts) * tokens),
+            "peak_rows": int(stats["peak_rows"]),
+            "peak_bytes": int(stats["peak_nbytes"]),
+            "compactions": int(stats["compactions"]),
+            "backend": str(stats["backend"]),
+        }
+
+    def check(self, cache: CompressedCache, tokens: int, extra: int) -> None:
+        check_stored(self, cache, tokens, extra)
+
+    def in_force(self) -> dict[str, Any]:
+        config = self.config
+        return {"chunk_tokens": config.chunk, "positions": config.positions, "compresses": self.compresses}
+
+    def uncompacted(self, fed: int) -> int:
+        interval = self.config.decode_interval
+        return min(fed, interval) if interval and self.compresses else fed
+
+
+def full_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Bytes of keys and values of ``tokens`` tokens in a plain cache, in the model's dtype."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * tokens * model.dtype.itemsize
 
 
 def parse_settings(assignments: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -59,25 +165,41 @@ def make_arms(
     budget: int | str | None = None,
     ratio: float | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
-) -> list[Arm]:
+) -> list[BaseArm]:
     """Builds the arms of a run.
 
     Args:
-        names: registered methods, shipped settings or paths of yaml files, ``full``, and ``none``.
+        names: registered methods, shipped settings or paths of yaml files, ``full``, ``none``, and presses of kvpress
+            (``kvpress:SnapKVPress``, ``kvpress:AdaKVPress(SnapKVPress)``; their arms are named ``kvpress_SnapKVPress``,
+            ``kvpress_AdaKVPress_SnapKVPress``).
         budget: rows per KV head, or bytes of the whole cache, for the arms that compress.
         ratio: share of rows kept, for the arms that compress.
-        settings: further settings by arm, those under ``""`` for every arm that compresses.
+        settings: further settings by arm, those under ``""`` for every arm of this library that compresses.
     """
     by_arm = {name: dict(values) for name, values in (settings or {}).items()}
     common = {key: value for key, value in (("budget", budget), ("ratio", ratio)) if value is not None}
     common |= by_arm.pop("", {})
-    arms = [_make_arm(name, common, by_arm.pop(Path(name).stem, {})) for name in names]
+    size = {"budget": budget, "ratio": ratio}
+    arms: list[BaseArm] = []
+    for name in names:
+        if name.startswith(PRESS_PREFIX):
+            arms.append(_make_press_arm(name, size, by_arm))
+        else:
+            arms.append(_make_arm(name, common, by_arm.pop(Path(name).stem, {})))
     labels = [arm.name for arm in arms]
     if len(set(labels)) != len(labels):
         raise ValueError(f"arms must have different names, got {labels}")
     if by_arm:
         raise ValueError(f"settings for unknown arms {sorted(by_arm)}; arms of this run: {labels}")
     return arms
+
+
+def _make_press_arm(name: str, size: Mapping[str, Any], by_arm: dict[str, dict[str, Any]]) -> BaseArm:
+    from asymkv.longbench.press_arms import PressArm, PressSpec
+
+    spec = PressSpec.parse(name.removeprefix(PRESS_PREFIX))
+    label = "kvpress_" + spec.label.replace("(", "_").replace(")", "")
+    return PressArm(label, dataclasses.replace(spec, arguments=by_arm.pop(label, {})), **size)
 
 
 def _make_arm(name: str, common: Mapping[str, Any], own: Mapping[str, Any]) -> Arm:

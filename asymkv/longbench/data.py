@@ -8,8 +8,8 @@ all_classes, _id``.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
+import logging
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asymkv.longbench import files
+from asymkv.longbench.jsonl import numbered_objects, shown
+from asymkv.longbench.prompts import check_template
+from asymkv.longbench.rows import E_SUFFIX, REQUIRED_FIELDS, Row, parse_rows
 from asymkv.paths import config_path
 
 if TYPE_CHECKING:
     from asymkv.longbench.suites import Reader
 
-Row = dict[str, Any]
+logger = logging.getLogger(__name__)
 
 ENGLISH_TASKS = (
     "narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "gov_report", "qmsum",
@@ -36,7 +39,6 @@ LONGBENCH_E_TASKS = (
     "passage_count", "passage_retrieval_en", "lcc", "repobench-p",
 )  # fmt: skip
 
-REQUIRED_FIELDS = ("input", "context", "answers")
 HUB_DATASET = "THUDM/LongBench"
 CONFIG_URL = "https://raw.githubusercontent.com/THUDM/LongBench/main/LongBench/config/"
 CONFIG_SHA256 = {
@@ -93,6 +95,10 @@ def load_tasks(datasets: Iterable[str], longbench_config: str | Path | None = No
         datasets: task names, LongBench's, embedded or of a suite; LongBench-E names may carry their suffix ``_e``.
         longbench_config: folder with LongBench's ``dataset2prompt.json`` and ``dataset2maxlen.json``; without it
             LongBench's files are fetched once, checked and cached. Embedded tasks and suites need neither.
+
+    Raises:
+        ValueError: for an unknown task, or a prompt or length that cannot be used; names file and entry.
+        OSError: if LongBench's files cannot be fetched; says what to do instead.
     """
     from asymkv.longbench import suites
 
@@ -102,43 +108,63 @@ def load_tasks(datasets: Iterable[str], longbench_config: str | Path | None = No
     rest = [name for name in names if name not in tasks]
     if not rest:
         return tasks
-    prompts = _longbench_table("dataset2prompt.json", longbench_config)
-    lengths = _longbench_table("dataset2maxlen.json", longbench_config)
+    paths = [_config_file(name, longbench_config) for name in ("dataset2prompt.json", "dataset2maxlen.json")]
+    prompts, lengths = (_read_table(path) for path in paths)
     for name in rest:
-        base = name.removesuffix("_e")
+        base = name.removesuffix(E_SUFFIX)
         if base not in prompts or base not in lengths:
             known = ", ".join([*embedded_tasks(), *prompts, *suites.names()])
             raise ValueError(f"no prompt for dataset {name!r}; known: {known}")
+        check_template(prompts[base], f"{paths[0]}: {base!r}")
+        if type(lengths[base]) is not int or lengths[base] < 1:
+            raise ValueError(f"{paths[1]}: {base!r} must be a number of tokens, found {shown(lengths[base])}")
         tasks[name] = Task(name, prompts[base], lengths[base])
     return tasks
 
 
-def _longbench_table(name: str, folder: str | Path | None) -> dict[str, Any]:
-    path = Path(folder) / name if folder is not None else _fetched_config(name)
+def _config_file(name: str, folder: str | Path | None) -> Path:
+    if folder is None:
+        return _fetched_config(name)
+    path = Path(folder) / name
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; --longbench-config takes the config/ folder of LongBench")
-    return json.loads(path.read_text(encoding="utf-8"))
+    found = files.sha256_file(path)
+    if found != CONFIG_SHA256[name]:
+        logger.warning("%s has sha256 %s, LongBench's own %s: scores are not LongBench's", path, found,
+                       CONFIG_SHA256[name])  # fmt: skip
+    return path
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} must be a JSON object of tasks, found {shown(table)}")
+    return table
 
 
 def _fetched_config(name: str) -> Path:
     """Fetches one of LongBench's config files on first use; its sha256 must be the published one."""
-    from urllib.error import URLError
+    from http.client import HTTPException
     from urllib.request import urlopen
 
     path = files.cache_dir() / "longbench" / name
     with files.exclusive(f"longbench-{name}"):
-        if path.is_file() and files.sha256(path.read_bytes()) == CONFIG_SHA256[name]:
+        if path.is_file() and files.sha256_file(path) == CONFIG_SHA256[name]:
             return path
+        instead = "pass longbench_config (--longbench-config DIR), the config/ folder of a LongBench checkout"
         try:
             with urlopen(CONFIG_URL + name, timeout=30) as response:
                 data = response.read()
-        except URLError as error:
-            raise OSError(
-                f"cannot fetch {CONFIG_URL + name} ({error}); pass longbench_config (--longbench-config DIR), "
-                "the config/ folder of a LongBench checkout"
-            ) from error
-        if files.sha256(data) != CONFIG_SHA256[name]:
-            raise ValueError(f"{CONFIG_URL + name} has another sha256 than {CONFIG_SHA256[name]}; not using it")
+        except (OSError, HTTPException) as error:
+            raise OSError(f"cannot fetch {CONFIG_URL + name} ({error}); {instead}") from error
+        found = files.sha256(data)
+        if found != CONFIG_SHA256[name]:
+            raise ValueError(
+                f"{CONFIG_URL + name} has another sha256 ({found}) than {CONFIG_SHA256[name]}; not using it; {instead}"
+            )
         files.write_atomic(path, data.decode("utf-8"))
     return path
 
@@ -182,7 +208,8 @@ def load_rows(
     elif data_dir is not None:
         if options:
             raise ValueError(f"{dataset} is read from {data_dir} and takes no options, found {', '.join(options)}")
-        rows = read_jsonl(Path(data_dir) / f"{dataset}.jsonl")
+        path = _existing(Path(data_dir) / f"{dataset}.jsonl")
+        rows = parse_rows(path.read_bytes(), str(path), dataset)
     elif dataset in embedded_tasks():
         from asymkv.longbench.embedded import build_rows
 
@@ -200,29 +227,18 @@ def load_rows(
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    """Reads one JSON object a line; the error for a bad line names file and line."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; the folder holds: {', '.join(_stems(path.parent)) or 'nothing'}"
-        )
-    with path.open(encoding="utf-8") as file:
-        return _parse_lines(file, str(path))
+    """Reads one JSON object a line; the error for a bad line names file, line and field."""
+    return [row for _, row in numbered_objects(_existing(path).read_bytes(), str(path))]
 
 
-def _stems(folder: Path) -> list[str]:
-    return sorted(path.stem for path in folder.glob("*.jsonl"))
-
-
-def _parse_lines(lines: Iterable[str], source: str) -> list[Row]:
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{source}:{number} is not JSON: {error}") from error
-    return rows
+def _existing(path: Path) -> Path:
+    if path.is_file():
+        return path
+    stems = sorted(other.stem for other in path.parent.glob("*.jsonl"))
+    hint = f"; the folder holds: {', '.join(stems) or 'nothing'}"
+    if path.stem.endswith(E_SUFFIX):
+        hint += f" (LongBench-E's rows are its own: {path.stem.removesuffix(E_SUFFIX)}.jsonl does not stand in for it)"
+    raise FileNotFoundError(f"{path} does not exist{hint}")
 
 
 def _hub_rows(dataset: str) -> list[Row]:
@@ -231,17 +247,23 @@ def _hub_rows(dataset: str) -> list[Row]:
     The dataset repository is a loading script around ``data.zip``, and ``datasets`` 4 and later run no scripts; its
     rows are these files, unchanged.
     """
-    base = dataset.removesuffix("_e")
-    if base not in LONGBENCH_TASKS:
+    known_e = [f"{name}{E_SUFFIX}" for name in LONGBENCH_E_TASKS]
+    if dataset not in LONGBENCH_TASKS and dataset not in known_e:
         from asymkv.longbench import suites
 
-        known = ", ".join([*embedded_tasks(), *LONGBENCH_TASKS, *suites.names()])
+        known = ", ".join([*embedded_tasks(), *LONGBENCH_TASKS, *known_e, *suites.names()])
         raise ValueError(f"unknown dataset {dataset!r}; known without --data-dir: {known}")
     from huggingface_hub import hf_hub_download
 
-    archive = hf_hub_download(HUB_DATASET, "data.zip", repo_type="dataset")
-    with zipfile.ZipFile(archive) as zipped, zipped.open(f"data/{dataset}.jsonl") as file:
-        return _parse_lines(io.TextIOWrapper(file, encoding="utf-8"), f"{archive}:data/{dataset}.jsonl")
+    try:
+        archive = hf_hub_download(HUB_DATASET, "data.zip", repo_type="dataset")
+    except OSError as error:
+        raise OSError(
+            f"cannot get {HUB_DATASET} from the hub ({error}); pass data_dir (--data-dir DIR), a folder with "
+            f"{dataset}.jsonl, or run the embedded tasks: {', '.join(embedded_tasks())}"
+        ) from error
+    with zipfile.ZipFile(archive) as zipped:
+        return parse_rows(zipped.read(f"data/{dataset}.jsonl"), f"{archive}:data/{dataset}.jsonl", dataset)
 
 
 def _identify(dataset: str, rows: list[Row]) -> None:

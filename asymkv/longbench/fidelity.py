@@ -19,12 +19,13 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-import asymkv
 from asymkv import CompressionConfig
-from asymkv.longbench import files
-from asymkv.longbench.arms import FULL, NONE, Arm, StoredTooMuchError, check_stored
+from asymkv.longbench import files, peers
+from asymkv.longbench.arms import FULL, NONE, Arm, ArmError, BaseArm
 from asymkv.longbench.data import Row, Task
-from asymkv.longbench.measure import Protocol, Subject, measure, stored_bytes
+from asymkv.longbench.jsonl import NotFiniteError
+from asymkv.longbench.measure import Protocol, Subject, measure
+from asymkv.longbench.press_arms import PressArm, PressSpec
 from asymkv.longbench.records import Record, RecordFolder
 from asymkv.longbench.retention import (
     compress,
@@ -36,12 +37,13 @@ from asymkv.longbench.retention import (
 from asymkv.longbench.sample import Sample
 from asymkv.paths import config_path
 
+Cell = Arm | PressArm
 KEY_FIELDS = ("kind", "dataset", "id", "arm", "ratio")
 # Of a row's record; what could repeat the row's text stays out.
 ROW_FIELDS = (
     "nll", "gold_tokens", "prompt_tokens", "question_tokens", "removed_tokens", "depth", "target_len", "tokens_seen",
-    "rows_min", "rows_max", "kept_ratio", "stored_bytes", "full_bytes", "peak_rows", "peak_bytes", "compactions",
-    "backend", "prefill_seconds",
+    "rows_min", "rows_max", "kept_ratio", "nominal_ratio", "stored_bytes", "full_bytes", "peak_rows", "peak_bytes",
+    "compactions", "backend", "prefill_seconds",
 )  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -53,21 +55,30 @@ class ArmSettings:
 
     Args:
         name: in tables and records.
-        settings: keyword arguments of ``CompressionConfig``, without ``ratio``.
+        settings: keyword arguments of ``CompressionConfig``, or a press of kvpress as a mapping, without ``ratio``.
         references: arms that the report compares this one with, row by row.
+        ratios: shares of rows kept that it runs at.
     """
 
     name: str
     settings: dict[str, Any]
     references: tuple[str, ...] = ()
+    ratios: tuple[float, ...] = ()
 
     @property
     def is_full(self) -> bool:
         """Whether this is the full cache, which has no ratio."""
         return self.settings.get("method") == FULL
 
-    def arm(self, ratio: float | None) -> Arm:
+    @property
+    def is_press(self) -> bool:
+        """Whether this is a press of kvpress, which is measured in an environment of its own."""
+        return "press" in self.settings
+
+    def arm(self, ratio: float | None) -> Cell:
         """The arm at one ratio."""
+        if self.is_press:
+            return PressArm(self.name, PressSpec.from_mapping(self.settings), ratio)
         extra = {} if ratio is None else {"ratio": ratio}
         return Arm(self.name, CompressionConfig(**self.settings, **extra))
 
@@ -99,7 +110,7 @@ class Experiment:
     arms: tuple[ArmSettings, ...]
     texts: TextSettings = TextSettings()
 
-    def cells(self, names: Sequence[str] | None = None) -> list[Arm]:
+    def cells(self, names: Sequence[str] | None = None) -> list[Cell]:
         """The full cache first, then every arm (or the named ones) at every ratio.
 
         Raises:
@@ -110,7 +121,7 @@ class Experiment:
             raise ValueError(f"unknown arms {unknown}; {self.name} has {', '.join(arm.name for arm in self.arms)}")
         full = [arm.arm(None) for arm in self.arms if arm.is_full]
         chosen = [arm for arm in self.arms if not arm.is_full and (not names or arm.name in names)]
-        return full + [arm.arm(ratio) for arm in chosen for ratio in self.ratios]
+        return full + [arm.arm(ratio) for arm in chosen for ratio in arm.ratios]
 
 
 def load_experiment(path_or_name: str | Path) -> Experiment:
@@ -125,7 +136,8 @@ def load_experiment(path_or_name: str | Path) -> Experiment:
     known = {"name", "sample", "ratios", "arms", "texts", "defaults"}
     if set(table) - known:
         raise ValueError(f"{path.name}: unknown keys {sorted(set(table) - known)}; allowed: {sorted(known)}")
-    arms = tuple(_read_arm(entry, table.get("defaults", {})) for entry in table["arms"])
+    ratios = tuple(float(ratio) for ratio in table["ratios"])
+    arms = tuple(_read_arm(entry, table.get("defaults", {}), ratios) for entry in table["arms"])
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names) or NONE in names:
         raise ValueError(f"{path.name}: arms need names of their own, and not {NONE!r}; found {names}")
@@ -135,15 +147,36 @@ def load_experiment(path_or_name: str | Path) -> Experiment:
         if set(arm.references) - set(names):
             raise ValueError(f"{path.name}: {arm.name} is compared with {arm.references}; the arms are {names}")
     texts = TextSettings(**table.get("texts", {}))
-    ratios = tuple(float(ratio) for ratio in table["ratios"])
     return Experiment(table["name"], path.parent / table["sample"], ratios, arms, texts)
 
 
-def _read_arm(entry: Mapping[str, Any], defaults: Mapping[str, Any]) -> ArmSettings:
+def join_experiments(experiments: Sequence[Experiment]) -> Experiment:
+    """One experiment with the arms of several, each at its own ratios.
+
+    Raises:
+        ValueError: where they take different rows or windows, or mean different things by one arm's name.
+    """
+    first, arms = experiments[0], {}
+    for one in experiments:
+        for name in ("sample", "texts"):
+            if getattr(one, name) != getattr(first, name):
+                raise ValueError(f"{first.name} and {one.name} cannot be joined: their {name} differ")
+        for arm in one.arms:
+            if arms.setdefault(arm.name, arm) != arm:
+                raise ValueError(f"{one.name}: arm {arm.name!r} has other settings in another experiment")
+    if sum(arm.is_full for arm in arms.values()) != 1:
+        raise ValueError(f"the full cache has one name in all experiments, found {list(arms)}")
+    ratios = tuple(dict.fromkeys(ratio for one in experiments for ratio in one.ratios))
+    name = "+".join(one.name for one in experiments)
+    return dataclasses.replace(first, name=name, ratios=ratios, arms=tuple(arms.values()))
+
+
+def _read_arm(entry: Mapping[str, Any], defaults: Mapping[str, Any], ratios: tuple[float, ...]) -> ArmSettings:
     own = {key: value for key, value in entry.items() if key not in ("name", "compare")}
     if own.get("method") == FULL:
         return ArmSettings(entry["name"], own)
-    return ArmSettings(entry["name"], {**defaults, **own}, tuple(entry.get("compare", ())))
+    own = own if "press" in own else {**defaults, **own}
+    return ArmSettings(entry["name"], own, tuple(entry.get("compare", ())), ratios)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +194,8 @@ def record_key(record: Record) -> tuple[Any, ...]:
     return tuple(record[name] for name in KEY_FIELDS)
 
 
-def _key(kind: str, dataset: str, item: str, arm: Arm) -> tuple[Any, ...]:
-    return (kind, dataset, item, arm.name, arm.config.ratio)
+def _key(kind: str, dataset: str, item: str, arm: Cell) -> tuple[Any, ...]:
+    return (kind, dataset, item, arm.name, arm.ratio)
 
 
 def without_context() -> Arm:
@@ -173,8 +206,8 @@ def without_context() -> Arm:
 class FidelityRun:
     """Measures cells on one model and appends what it finds to a folder.
 
-    An arm that stores more than its settings allow is not recorded and not run again; ``refused`` says why, by arm, so
-    that the others of a long run are still measured.
+    An arm that stores more than its settings allow, fails, or gives NaN is not recorded and not run again; ``refused``
+    says why, by arm, so that the others of a long run are still measured.
 
     Args:
         subject: an unpatched model, and how it is prompted.
@@ -189,34 +222,33 @@ class FidelityRun:
         self.done = folder.done()
         self.refused: dict[str, str] = {}
 
-    def missing(self, kind: str, dataset: str, item: str, cells: Sequence[Arm]) -> list[Arm]:
+    def missing(self, kind: str, dataset: str, item: str, cells: Sequence[Cell]) -> list[Cell]:
         """Cells without a record of this row or window, those of refused arms left out."""
         cells = [cell for cell in cells if cell.name not in self.refused]
         return [cell for cell in cells if _key(kind, dataset, item, cell) not in self.done]
 
-    def _save(self, kind: str, dataset: str, item: str, cell: Arm, values: Record) -> None:
+    def _save(self, kind: str, dataset: str, item: str, cell: Cell, values: Record) -> None:
         key = _key(kind, dataset, item, cell)
         self.folder.append({**dict(zip(KEY_FIELDS, key, strict=True)), **values})
         self.done.add(key)
 
     @contextmanager
-    def _patched(self, cell: Arm) -> Iterator[None]:
+    def _patched(self, cell: BaseArm) -> Iterator[None]:
         """The model under a cell's configuration; takes note of the cell's refusal."""
-        model = self.subject.model
-        with asymkv.replace(model.config.model_type, cell.config, model=model):
+        with cell.applied(self.subject.model):
             try:
                 yield
-            except StoredTooMuchError as error:
+            except (ArmError, NotFiniteError) as error:
                 self.refused[cell.name] = str(error)
                 logger.error("%s is not measured: %s", cell.name, error)
 
-    def run_row(self, task: Task, row: Row, cells: Sequence[Arm]) -> Iterator[str]:
+    def run_row(self, task: Task, row: Row, cells: Sequence[Cell]) -> Iterator[str]:
         """Measures what is missing of one row; yields each cell's name before its turn.
 
         The gold answer is cut to the task's answer length. A row with a planted fact (``depth``) is also answered.
         """
         protocol = Protocol(self.protocol, generate="depth" in row, max_gold_tokens=task.max_new_tokens)
-        for cell in self.missing("row", task.dataset, row["_id"], [without_context(), *cells]):
+        for cell in self.missing("row", task.dataset, row["_id"], cells):
             if cell.name in self.refused:
                 continue
             yield cell.name
@@ -227,10 +259,11 @@ class FidelityRun:
                     values["found"] = contains_answer(record["pred"], row["answers"])
                 self._save("row", task.dataset, row["_id"], cell, values)
 
-    def run_window(self, window: Window, cells: Sequence[Arm]) -> Iterator[str]:
+    def run_window(self, window: Window, cells: Sequence[Cell]) -> Iterator[str]:
         """Measures what is missing of one window against the full cache; yields as ``run_row`` does."""
+        cells = [cell for cell in cells if not cell.bare]
         missing = self.missing("window", window.text, str(window.index), cells)
-        full = [cell for cell in cells if not cell.config.options.compresses]
+        full = [cell for cell in cells if not cell.compresses]
         reference: Tensor | None = None
         for cell in [*full, *(cell for cell in missing if cell not in full)] if missing else ():
             if cell.name in self.refused:
@@ -243,14 +276,33 @@ class FidelityRun:
                     values |= dataclasses.asdict(continuation_score(logits, reference, window.targets))
                     self._save("window", window.text, str(window.index), cell, values)
 
-    def _continue(self, cell: Arm, window: Window) -> tuple[Tensor, Record]:
+    def _continue(self, cell: BaseArm, window: Window) -> tuple[Tensor, Record]:
         """Logits of a window's targets behind its compressed prefix, and what that stores."""
         started = time.perf_counter()
         prefix = compress(self.subject.model, window.prefix)
         seconds = time.perf_counter() - started
-        check_stored(cell, prefix.cache, len(window.prefix), 0)
-        values = {"prefill_seconds": seconds, **stored_bytes(prefix.cache, self.subject.model)}
+        cell.check(prefix.cache, len(window.prefix), 0)
+        values = {"prefill_seconds": seconds, **cell.stored(prefix.cache, self.subject.model)}
         return continuation_logits(self.subject.model, prefix, window.targets, len(window.targets)), values
+
+    def compare_full(self, name: str, tasks: Mapping[str, Task], rows: Sequence[tuple[str, Row]]) -> Record | None:
+        """Compares the full cache here with its first record, see :func:`asymkv.longbench.peers.compare_full`.
+
+        Args:
+            name: of the full cache's arm.
+            tasks: prompts by dataset.
+            rows: the first one with a record is measured again.
+
+        Returns:
+            Both losses, or None where there is no record.
+        """
+        losses = {record_key(record): record["nll"] for record in self.folder.read() if record["kind"] == "row"}
+        for dataset, row in rows:
+            expected = losses.get(("row", dataset, row["_id"], name, None))
+            if expected is not None:
+                protocol = Protocol(self.protocol, max_gold_tokens=tasks[dataset].max_new_tokens)
+                return peers.compare_full(self.subject, tasks[dataset], row, protocol, expected)
+        return None
 
 
 def read_texts(folder: str | Path) -> dict[str, str]:
@@ -280,7 +332,7 @@ def texts_sha256(texts: Mapping[str, str]) -> dict[str, str]:
 
 def run_settings(
     experiment: Experiment,
-    cells: Sequence[Arm],
+    cells: Sequence[Cell],
     subject: Subject,
     protocol: str,
     *,
@@ -291,8 +343,9 @@ def run_settings(
     """Everything that the numbers depend on, for ``RecordFolder.claim``."""
     arms = {}
     for cell in cells:
-        config = cell.config.to_dict()
-        arms[cell.name] = {name: value for name, value in config.items() if name not in ("ratio", "budget")}
+        if isinstance(cell, PressArm) and not cell.compresses:
+            continue  # the worker's own full cache, a reference that is not recorded
+        arms[cell.name] = {k: v for k, v in cell.settings().items() if k not in ("ratio", "budget")}
     settings = {
         "experiment": experiment.name,
         "model": subject.spec.name,

@@ -8,27 +8,31 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from asymkv.longbench import needle_plot
 from asymkv.longbench.arms import NONE
 from asymkv.longbench.fidelity import Experiment
+from asymkv.longbench.fidelity_plot import MIB, plot
 from asymkv.longbench.files import write_atomic
 from asymkv.longbench.records import Record, RecordFolder, merged_settings
 from asymkv.longbench.retention import Estimate, paired_pairs, pooled_ratio, retention_pairs
 
 CellKey = tuple[str, float | None]
 ItemKey = tuple[str, str]
-MIB = 2**20
 
 DEFINITIONS = """\
 R is context retention: (NLL_none - NLL_arm) / (NLL_none - NLL_full), NLL = mean token loss of the gold answer; sums
 over the rows of a task, then the plain mean over tasks; 1 = the full cache, 0 = the context was never read. Intervals
 are 95 % percentile bootstraps that redraw rows within tasks. Stored bytes are counted from the cache's buffers after
 the prefix was compressed (metadata, statistics and slack included), mean over rows; their share is of a stock cache of
-the same tokens. Arms compare at equal bytes, not at equal ratio."""
+the same tokens. Arms compare at equal bytes, not at equal ratio. The time of compression is prefill (compaction
+included) over the full cache's on the same row, the median over rows."""
+IN_VIEW = """\
+An arm that hides rows without removing them is charged for all that it stores; the share in view is what attention
+still sees of the tokens' rows."""
 
 
 class Results:
@@ -100,6 +104,13 @@ def summarise(results: Results) -> list[Record]:
     ]
 
 
+def prefill_multiple(results: Results, cell: CellKey) -> float:
+    """What compressing costs: prefill seconds over the full cache's on the same row, median over rows."""
+    items = results.common("row", cell, results.full)
+    own, full = (results.column("row", key, "prefill_seconds", items) for key in (cell, results.full))
+    return float(np.median(own / full)) if items else math.nan
+
+
 def _row_summary(results: Results, cell: CellKey) -> Record:
     items = results.common("row", cell, results.full, (NONE, None))
     if not items:
@@ -123,10 +134,22 @@ def _row_summary(results: Results, cell: CellKey) -> Record:
         "peak_rows": max(record["peak_rows"] for record in records),
         "peak_bytes": max(record["peak_bytes"] for record in records),
         "prefill_seconds": column["prefill_seconds"].mean(),
+        "prefill_over_full": prefill_multiple(results, cell),
         "needles": len(found),
         "needles_found": sum(found),
+        "nominal_ratio": _in_view(records),
+        "hides_rows": _hides(records),
         **{f"retention_{task}": value for task, value in estimate.by_task.items()},
     }
+
+
+def _in_view(records: Sequence[Record]) -> float:
+    """Mean share of the tokens' rows that attention sees: of an arm that hides none, the rows that it stores."""
+    return float(np.mean([record.get("nominal_ratio", record["kept_ratio"]) for record in records]))
+
+
+def _hides(records: Sequence[Record]) -> bool:
+    return any(record.get("nominal_ratio", record["kept_ratio"]) < record["kept_ratio"] for record in records)
 
 
 def _text_summary(results: Results, cell: CellKey) -> Record:
@@ -134,6 +157,7 @@ def _text_summary(results: Results, cell: CellKey) -> Record:
     if not items:
         return {"windows": 0}
     loss, full = (results.column("window", key, "nll", items).mean() for key in (cell, results.full))
+    records = [results.of("window", cell)[item] for item in items]
     estimate = results.divergence(cell)
     stored, stock = (results.column("window", cell, name, items).sum() for name in ("stored_bytes", "full_bytes"))
     return {
@@ -146,6 +170,7 @@ def _text_summary(results: Results, cell: CellKey) -> Record:
         "text_kl_high": estimate.high,
         "text_agreement": results.column("window", cell, "agreement", items).mean(),
         "text_share_of_stock_bytes": stored / stock,
+        "text_nominal_ratio": _in_view(records),
     }
 
 
@@ -169,15 +194,22 @@ def paired(results: Results) -> list[Record]:
     return found
 
 
-def needle_grid(results: Results, cell: CellKey) -> dict[int, dict[float, tuple[int, int]]]:
-    """Planted facts found again: context length to depth to (found, asked)."""
-    grid: dict[int, dict[float, tuple[int, int]]] = defaultdict(dict)
-    for record in results.of("row", cell).values():
-        if "found" in record:
+def needle_grid(results: Results, cell: CellKey, dataset: str | None = None) -> needle_plot.Grid:
+    """Planted facts found again, of one dataset or all: context length to depth to (found, asked)."""
+    grid: needle_plot.Grid = defaultdict(dict)
+    for (name, _), record in results.of("row", cell).items():
+        if "found" in record and dataset in (name, None):
             length = record.get("target_len", 0)
             hits, asked = grid[length].get(record["depth"], (0, 0))
             grid[length][record["depth"]] = (hits + record["found"], asked + 1)
     return {length: dict(sorted(grid[length].items())) for length in sorted(grid)}
+
+
+def needle_grids(results: Results) -> dict[str, dict[CellKey, needle_plot.Grid]]:
+    """Dataset to cell to its grid, for the datasets with planted facts."""
+    records = [(name, record) for cell in results.cells for (name, _), record in results.of("row", cell).items()]
+    datasets = sorted({name for name, record in records if "found" in record})
+    return {name: {cell: needle_grid(results, cell, name) for cell in results.cells} for name in datasets}
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -193,29 +225,39 @@ def _interval(row: Mapping[str, Any], name: str, low: str, high: str, digits: in
     return f"{_number(row[name], digits)} [{_number(row[low], digits)}, {_number(row[high], digits)}]"
 
 
+def _lead(row: Record) -> list[str]:
+    """First columns: the model where there are several, the arm, the ratio."""
+    return [*([row["model"]] if "model" in row else []), row["arm"], f"{row['ratio']:g}"]
+
+
+def _lead_header(summary: Sequence[Record]) -> list[str]:
+    return [*(["model"] if any("model" in row for row in summary) else []), "arm", "ratio"]
+
+
 def main_table(summary: Sequence[Record]) -> str:
-    """Retention beside what it costs."""
-    header = ["arm", "ratio", "R [95 %]", "rows", "stored MiB", "share of stock bytes", "rows per head", "needles"]
-    header += ["prefill s"]
+    """Retention beside what it costs; with the share of rows in view where some arm hides rows."""
+    rows = [row for row in summary if row["rows"]]
+    hides = any(row["hides_rows"] for row in rows)
+    header = [*_lead_header(rows), "R [95 %]", "rows", "stored MiB", "share of stock bytes", "rows per head"]
+    header += [*(["share in view"] if hides else []), "needles", "prefill s", "x full's prefill"]
     body = [
-        (row["arm"], f"{row['ratio']:g}", _interval(row, "retention", "low", "high"))
-        + (f"{row['rows']}{'' if row['complete'] else ' (unfinished)'}", _number(row["stored_bytes"] / MIB, 2))
-        + (f"{100 * row['share_of_stock_bytes']:.1f} %", _number(row["rows_per_head"], 1))
-        + (f"{row['needles_found']}/{row['needles']}", _number(row["prefill_seconds"], 2))
-        for row in summary
-        if row["rows"]
+        [*_lead(row), _interval(row, "retention", "low", "high")]
+        + [f"{row['rows']}{'' if row['complete'] else ' (unfinished)'}", _number(row["stored_bytes"] / MIB, 2)]
+        + [f"{100 * row['share_of_stock_bytes']:.1f} %", _number(row["rows_per_head"], 1)]
+        + ([f"{100 * row['nominal_ratio']:.1f} %"] if hides else [])
+        + [f"{row['needles_found']}/{row['needles']}", _number(row["prefill_seconds"], 2)]
+        + [_number(row["prefill_over_full"], 2)]
+        for row in rows
     ]
     return _table(header, body)
 
 
 def task_table(summary: Sequence[Record]) -> str:
     """Retention by task."""
-    tasks = sorted({name for row in summary for name in row if name.startswith("retention_")})
-    header = ["arm", "ratio", *(name.removeprefix("retention_") for name in tasks)]
-    body = [
-        [row["arm"], f"{row['ratio']:g}", *(_number(row.get(name)) for name in tasks)] for row in summary if row["rows"]
-    ]
-    return _table(header, body)
+    rows = [row for row in summary if row["rows"]]
+    tasks = sorted({name for row in rows for name in row if name.startswith("retention_")})
+    header = [*_lead_header(rows), *(name.removeprefix("retention_") for name in tasks)]
+    return _table(header, [[*_lead(row), *(_number(row.get(name)) for name in tasks)] for row in rows])
 
 
 def paired_table(differences: Sequence[Record]) -> str:
@@ -231,28 +273,29 @@ def paired_table(differences: Sequence[Record]) -> str:
 
 def text_table(summary: Sequence[Record]) -> str:
     """Continuations of long texts against the full cache."""
-    header = ["arm", "ratio", "windows", "share of stock bytes", "perplexity", "difference to full"]
+    rows = [row for row in summary if row["windows"]]
+    header = [*_lead_header(rows), "windows", "share of stock bytes", "perplexity", "difference to full"]
     header += ["KL, nats [95 %]", "top-1 agreement"]
     body = [
-        (row["arm"], f"{row['ratio']:g}", str(row["windows"]), f"{100 * row['text_share_of_stock_bytes']:.1f} %")
-        + (_number(row["text_perplexity"], 2), f"{row['text_perplexity_difference']:+.2f}")
-        + (_interval(row, "text_kl", "text_kl_low", "text_kl_high", 4), _number(row["text_agreement"]))
-        for row in summary
-        if row["windows"]
+        [*_lead(row), str(row["windows"]), f"{100 * row['text_share_of_stock_bytes']:.1f} %"]
+        + [_number(row["text_perplexity"], 2), f"{row['text_perplexity_difference']:+.2f}"]
+        + [_interval(row, "text_kl", "text_kl_low", "text_kl_high", 4), _number(row["text_agreement"])]
+        for row in rows
     ]
     return _table(header, body)
 
 
 def needle_table(results: Results) -> str:
-    """Planted facts found again, by length and depth."""
-    grids = {cell: needle_grid(results, cell) for cell in results.cells}
-    depths = sorted({depth for grid in grids.values() for row in grid.values() for depth in row})
+    """Planted facts found again, by dataset, length and depth."""
+    grids = needle_grids(results)
+    depths = sorted({d for cells in grids.values() for grid in cells.values() for row in grid.values() for d in row})
     body = []
-    for (arm, ratio), grid in grids.items():
-        for length, row in grid.items():
-            hits = ["{}/{}".format(*row[depth]) if depth in row else "" for depth in depths]
-            body.append([arm, f"{ratio or 1:g}", str(length), *hits])
-    return _table(["arm", "ratio", "length", *(f"depth {depth:g}" for depth in depths)], body)
+    for dataset, cells in grids.items():
+        for (arm, ratio), grid in cells.items():
+            for length, row in grid.items():
+                hits = ["{}/{}".format(*row[depth]) if depth in row else "" for depth in depths]
+                body.append([dataset, arm, f"{ratio or 1:g}", str(length), *hits])
+    return _table(["dataset", "arm", "ratio", "length", *(f"depth {depth:g}" for depth in depths)], body)
 
 
 def conditions_text(runs: Sequence[Record]) -> str:
@@ -262,15 +305,20 @@ def conditions_text(runs: Sequence[Record]) -> str:
     names = ("model", "dtype", "protocol", "max_length", "ids_sha256")
     lines = [f"- {name}: {settings[name]}" for name in names if settings.get(name)]
     for name in sorted({name for session in sessions for name in session} - {"date"}):
-        values = sorted({json.dumps(session.get(name)).strip('"') for session in sessions})
+        values = sorted({json.dumps(session[name]).strip('"') for session in sessions if name in session})
         lines.append(f"- {name}: {' | '.join(values)}{' (sessions differ)' if len(values) > 1 else ''}")
     return "\n".join(lines)
+
+
+def definitions(summary: Sequence[Record]) -> str:
+    """What the columns mean."""
+    return DEFINITIONS + ("\n" + IN_VIEW if any(row.get("hides_rows") for row in summary) else "")
 
 
 def markdown(results: Results, runs: Sequence[Record]) -> str:
     """The whole report."""
     summary, differences = summarise(results), paired(results)
-    parts = [f"# Fidelity: {results.experiment.name}", conditions_text(runs), DEFINITIONS]
+    parts = [f"# Fidelity: {results.experiment.name}", conditions_text(runs), definitions(summary)]
     if any(row["rows"] for row in summary):
         parts += ["## Context retention", main_table(summary), "## Retention by task", task_table(summary)]
     if differences:
@@ -292,41 +340,10 @@ def csv_text(summary: Sequence[Record]) -> str:
     return out.getvalue()
 
 
-def plot(summary: Sequence[Record], path: str | Path) -> bool:
-    """Context retention against stored bytes, one line per arm, intervals as bars.
-
-    Returns:
-        Whether any arm has a retention to draw; without one no file is written.
-    """
-    from matplotlib.figure import Figure
-
-    by_arm: dict[str, list[Record]] = defaultdict(list)
-    for row in summary:
-        if row["rows"] and math.isfinite(row["retention"]):
-            by_arm[row["arm"]].append(row)
-    if not by_arm:
-        return False
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.add_subplot()
-    for i, (arm, rows) in enumerate(by_arm.items()):
-        rows.sort(key=lambda row: row["stored_bytes"])
-        x = [row["stored_bytes"] / MIB for row in rows]
-        y = [row["retention"] for row in rows]
-        bars = [[row["retention"] - row["low"] for row in rows], [row["high"] - row["retention"] for row in rows]]
-        style = {"marker": "osv^Dxp*"[i % 8], "linestyle": ("-", "--", ":")[i // 10 % 3], "color": f"C{i % 10}"}
-        axes.errorbar(x, y, yerr=np.maximum(bars, 0), label=arm, capsize=2, linewidth=1, markersize=4, **style)
-    axes.set_xscale("log")
-    axes.set_xlabel("stored bytes per row of the sample, MiB")
-    axes.set_ylabel("context retention R")
-    axes.axhline(1, color="grey", linewidth=0.5)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    return True
-
-
 def write_report(folder: RecordFolder, experiment: Experiment) -> str:
-    """Writes ``results.csv``, ``results.md``, ``retention.png`` and ``run.json`` into the folder; returns the markdown.
+    """Writes ``results.csv``, ``results.md``, figures and ``run.json`` into the folder; returns the markdown.
+
+    The figures are ``retention.png``, and ``needles.png`` where facts were planted.
 
     Raises:
         FileNotFoundError: if the folder holds no records.
@@ -339,6 +356,7 @@ def write_report(folder: RecordFolder, experiment: Experiment) -> str:
     write_atomic(folder.folder / "results.csv", csv_text(summary))
     write_atomic(folder.folder / "results.md", text)
     plot(summary, folder.folder / "retention.png")
+    needle_plot.plot(needle_grids(results), folder.folder / "needles.png")
     sessions = sorted((session for run in runs for session in run["sessions"]), key=lambda session: session["date"])
     whole = {"settings": merged_settings(runs), "sessions": sessions, "records": len(records)}
     write_atomic(folder.folder / "run.json", json.dumps(whole, indent=2) + "\n")

@@ -9,10 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from asymkv.files import sha256, write_atomic
+from asymkv.files import sha256, sha256_file, write_atomic
 from asymkv.paths import CACHE_ENV, cache_dir
 
-__all__ = ["CACHE_ENV", "cache_dir", "exclusive", "sha256", "staged_folder", "write_atomic"]
+__all__ = ["CACHE_ENV", "cache_dir", "exclusive", "sha256", "sha256_file", "staged_folder", "write_atomic"]
 
 
 @contextlib.contextmanager

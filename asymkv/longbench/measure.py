@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from asymkv.longbench import retention
-from asymkv.longbench.arms import Arm, check_stored, stored_rows
+from asymkv.longbench.arms import BaseArm
 from asymkv.longbench.data import Row, Task
-from asymkv.longbench.models import ModelSpec
+from asymkv.longbench.memory import DeviceMemory, HostMemory
+from asymkv.longbench.models import ModelSpec, devices_of, input_device
 from asymkv.longbench.prompts import Prompt, answer_ids, build_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from asymkv.cache import CompressedCache
+    from transformers.cache_utils import Cache
 
 Record = dict[str, Any]
 # LongBench ends these answers at a newline too, and lets none of them be empty.
@@ -65,8 +65,12 @@ class Protocol:
 
 
 @torch.no_grad()
-def measure(subject: Subject, arm: Arm, task: Task, row: Row, protocol: Protocol) -> Record:
+def measure(subject: Subject, arm: BaseArm, task: Task, row: Row, protocol: Protocol) -> Record:
     """Runs one row and returns its record, all plain json types; a row of several questions has them in ``turns``.
+
+    Times are seconds of prefill, of the rest of the prompt and of decoding. ``peak_rss_bytes`` (and
+    ``device_peak_bytes`` on accelerators) is the most that the process held in this row, the model included, and
+    ``..._increase_bytes`` what came on top of the row's start; both cover prefill, gold answer and decoding.
 
     Raises:
         StoredTooMuchError: if the cache holds more than the arm allows.
@@ -81,60 +85,38 @@ def measure(subject: Subject, arm: Arm, task: Task, row: Row, protocol: Protocol
     )  # fmt: skip
     prompt = prompt.without_context() if arm.bare else prompt
     first, rest = retention.split_prompt(prompt, protocol.name)
-    clock = Clock(subject.model.device)
+    host, accelerators = HostMemory(), DeviceMemory(*devices_of(subject.model))
+    clock = Clock(subject.model)
     prefix = retention.compress(subject.model, first)
     seconds = clock.lap()
-    check_stored(arm, prefix.cache, len(first), 0)
+    arm.check(prefix.cache, len(first), 0)
     record = {
         "_id": row["_id"], "dataset": task.dataset, "answers": row["answers"], "all_classes": row.get("all_classes"),
         "length": row.get("length"), "prompt_tokens": len(first), "question_tokens": len(rest),
         "removed_tokens": prompt.removed_tokens, "prefill_seconds": seconds,
     }  # fmt: skip
     record |= {key: row[key] for key in ("depth", "target_len", *task.record_fields) if key in row}
-    record |= stored_bytes(prefix.cache, subject.model)
+    record |= arm.stored(prefix.cache, subject.model)
     record |= _gold_loss(subject, prompt, prefix, rest, task.gold(row["answers"]), protocol)
     if protocol.generate:
         record |= _answer(subject, arm, task, prefix, len(first), rest, protocol)
-    return record
+    return record | host.result() | accelerators.result()
 
 
 class Clock:
-    """Wall time between laps, with the device's queue emptied."""
+    """Wall time between laps, with the queues of the model's devices emptied."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.devices = [device for device in devices_of(model) if device.type != "cpu"]
         self.lap()
 
     def lap(self) -> float:
         """Seconds since the last lap."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
+        for device in self.devices:
+            torch.accelerator.synchronize(device)
         now = time.perf_counter()
         elapsed, self.last = now - getattr(self, "last", now), now
         return elapsed
-
-
-def full_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Bytes of keys and values of ``tokens`` tokens in a plain cache, in the model's dtype."""
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * tokens * model.dtype.itemsize
-
-
-def stored_bytes(cache: CompressedCache, model: PreTrainedModel) -> Record:
-    counts, tokens, stats = stored_rows(cache), int(cache.tokens_seen[0]), cache.stats()
-    return {
-        "tokens_seen": tokens,
-        "rows_min": min(counts),
-        "rows_max": max(counts),
-        "stored_bytes": cache.nbytes,
-        "full_bytes": full_cache_bytes(model, tokens),
-        "kept_ratio": sum(counts) / (len(counts) * tokens),
-        "peak_rows": int(stats["peak_rows"]),
-        "peak_bytes": int(stats["peak_nbytes"]),
-        "compactions": int(stats["compactions"]),
-        "backend": str(stats["backend"]),
-    }
 
 
 def _gold_loss(
@@ -153,7 +135,7 @@ def _gold_loss(
 
 def _answer(
     subject: Subject,
-    arm: Arm,
+    arm: BaseArm,
     task: Task,
     prefix: retention.Prefix,
     tokens: int,
@@ -166,14 +148,12 @@ def _answer(
     not_empty = task.newline_stop or task.dataset.removesuffix("_e") in NEWLINE_STOP_TASKS
     if not_empty:
         stops = stops | {subject.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]}
-    clock = Clock(subject.model.device)
+    clock = Clock(subject.model)
     logits = feed(subject.model, prefix.cache, rest) if rest else prefix.last_logits
     question_seconds = clock.lap()
     said, fed = greedy(subject.model, prefix.cache, logits, limit, stops, not_empty=not_empty)
     seconds = clock.lap()
-    interval = arm.config.decode_interval
-    since = min(fed, interval) if interval and arm.config.options.compresses else fed
-    check_stored(arm, prefix.cache, tokens, len(rest) + since)
+    arm.check(prefix.cache, tokens, len(rest) + arm.uncompacted(fed))
     return {
         "pred": subject.tokenizer.decode(said, skip_special_tokens=True),
         "question_seconds": question_seconds,
@@ -185,7 +165,7 @@ def _answer(
 
 def greedy(
     model: PreTrainedModel,
-    cache: CompressedCache,
+    cache: Cache,
     logits: Tensor,
     limit: int,
     stops: frozenset[int],
@@ -218,7 +198,7 @@ def greedy(
     return said, max(len(said) - 1, 0)
 
 
-def feed(model: PreTrainedModel, cache: CompressedCache, ids: Sequence[int]) -> Tensor:
+def feed(model: PreTrainedModel, cache: Cache, ids: Sequence[int]) -> Tensor:
     """Logits ``[V]`` after ``ids``, which are appended to the cache."""
-    batch = torch.tensor([list(ids)], device=model.device)
+    batch = torch.tensor([list(ids)], device=input_device(model))
     return model(batch, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]

@@ -1,7 +1,8 @@
 """LongBench v1's metrics, with LongBench's call signature and its values, the edge cases included.
 
 Every metric is ``metric(prediction, ground_truth, **kwargs) -> float`` in [0, 1]. Only ``classification_score`` reads
-a keyword (``all_classes``). The rouge and Chinese metrics need ``pip install asymkv[eval]``; the others need nothing.
+a keyword (``all_classes``). The Chinese metrics and ``rouge_l_reference`` need ``pip install asymkv[eval]``; the others
+need nothing.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+
+from asymkv.longbench import rouge_l
 
 Metric = Callable[..., float]
 
@@ -61,8 +64,10 @@ def words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", bare).split()
 
 
-def _jieba_words(text: str) -> list[str]:
-    return list(_optional("jieba").cut(text, cut_all=False))
+@lru_cache(maxsize=64)
+def _jieba_words(text: str) -> tuple[str, ...]:
+    """Jieba's words; a prediction is cut once for all of its answers."""
+    return tuple(_optional("jieba").cut(text, cut_all=False))
 
 
 def _words_zh(text: str) -> list[str]:
@@ -88,17 +93,7 @@ def rouge_score(prediction: str, ground_truth: str, **kwargs: Any) -> float:
     That package refuses a text without words ("" or "...") and recurses once a word, so that a very long sentence
     overflows the stack; LongBench scores whatever it fails on as 0.
     """
-    scorer = _rouge_scorer()
-    try:
-        scores = scorer.get_scores([prediction], [ground_truth], avg=True)
-    except Exception:
-        return 0.0
-    return scores["rouge-l"]["f"]
-
-
-@cache
-def _rouge_scorer() -> Any:
-    return _optional("rouge").Rouge()
+    return rouge_l.summary_f1(prediction, ground_truth)
 
 
 def rouge_zh_score(prediction: str, ground_truth: str, **kwargs: Any) -> float:
@@ -108,13 +103,13 @@ def rouge_zh_score(prediction: str, ground_truth: str, **kwargs: Any) -> float:
 
 def rouge_l_reference(prediction: str, ground_truth: str, **kwargs: Any) -> float:
     """ROUGE-L F1 of the ``rouge_score`` package, reported beside LongBench's; the two are not comparable."""
-    return _reference_scorer().score(ground_truth, prediction)["rougeL"].fmeasure
-
-
-@cache
-def _reference_scorer() -> Any:
-    scorer = _optional("rouge_score.rouge_scorer")
-    return scorer.RougeScorer(["rougeL"], use_stemmer=False)
+    cut = _optional("rouge_score.tokenize").tokenize
+    said, wanted = cut(prediction, None), cut(ground_truth, None)
+    same = rouge_l.lcs_length(wanted, said)
+    if not same:
+        return 0.0
+    precision, recall = same / len(said), same / len(wanted)
+    return 2 * precision * recall / (precision + recall)
 
 
 def classification_score(prediction: str, ground_truth: str, **kwargs: Any) -> float:

@@ -21,7 +21,8 @@ from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 import asymkv
 from asymkv import CompressedCache, CompressionConfig
 from asymkv.longbench import models
-from asymkv.longbench.speed import MIB, DeviceMemory, HostMemory, decode, timed
+from asymkv.longbench.memory import DeviceMemory, HostMemory
+from asymkv.longbench.speed import MIB, decode, timed
 
 OURS, STOCK = "asymkv", "DynamicCache"
 ARMS = (STOCK, OURS)

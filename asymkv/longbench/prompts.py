@@ -8,6 +8,7 @@ compressed before the question is known; their concatenation is what the model r
 from __future__ import annotations
 
 import dataclasses
+import string
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -70,10 +71,13 @@ def build_prompt(
         raw: no chat template whatever the dataset.
         answer_prefix: format of the answer's first words, put behind the chat template (not counted by the limit).
     """
-    before, after = _split_template(template)
+    check_fields(template, row, dataset)
+    before, after = template.split(CONTEXT_FIELD)
     head = before.format(**row) + str(row["context"])
     tail = after.format(**row)
     head, tail, removed = _truncate_middle(head, tail, tokenizer, spec.max_length)
+    if removed:
+        check_template_fits(template, dataset, tokenizer, spec)
     chat = spec.chat_template and not raw and dataset.removesuffix("_e") not in RAW_TASKS
     empty, prefix = {**row, "context": ""}, answer_prefix.format(**row)
     bare = _tokenise(before.format(**empty), after.format(**empty), tokenizer, chat, prefix)
@@ -91,7 +95,7 @@ def prompt_tokens(
     answer_prefix: str = "",
 ) -> int:
     """Tokens that :func:`build_prompt` gives a row that is not cut."""
-    before, after = _split_template(template)
+    before, after = template.split(CONTEXT_FIELD)
     chat = spec.chat_template and not raw and dataset.removesuffix("_e") not in RAW_TASKS
     head = before.format(**row) + str(row["context"])
     return len(_tokenise(head, after.format(**row), tokenizer, chat, answer_prefix.format(**row)).ids)
@@ -123,7 +127,7 @@ def shared_prompts(
     Raises:
         ValueError: if the questions alone do not fit.
     """
-    before, after = _split_template(template)
+    before, after = template.split(CONTEXT_FIELD)
     start = before.format(**row)
     tails = [after.format(**{**row, "input": question}) for question in questions]
     longest = max(tails, key=lambda tail: len(_encode(tail, tokenizer)))
@@ -175,12 +179,47 @@ def answer_ids(prompt: Prompt, answer: str, tokenizer: PreTrainedTokenizerBase, 
     return ids[:limit]
 
 
-def _split_template(template: str) -> tuple[str, str]:
-    """Cuts a template just after its context; a field before it is rendered with the context side."""
-    if template.count(CONTEXT_FIELD) != 1:
-        raise ValueError(f"a prompt template must contain {CONTEXT_FIELD} exactly once, got {template!r}")
-    before, after = template.split(CONTEXT_FIELD)
-    return before, after
+def check_template(template: Any, where: str) -> list[str]:
+    """Returns the fields of a prompt format; ``{context}`` must be among them once.
+
+    Args:
+        template: a format string with plain ``{field}``s.
+        where: begins the error: the file and the task.
+    """
+    if not isinstance(template, str):
+        raise ValueError(f"{where}: a prompt template must be a string, found {type(template).__name__}")
+    try:
+        parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise ValueError(f"{where}: {error} in the prompt template {template!r}") from error
+    names = [name for name, _, _ in parts]
+    odd = [name for name, spec, conversion in parts if spec or conversion or not name.isidentifier()]
+    if odd:
+        raise ValueError(f"{where}: a prompt template takes plain {{field}}s, found {odd} in {template!r}")
+    if names.count("context") != 1 or template.count(CONTEXT_FIELD) != 1:
+        raise ValueError(f"{where}: a prompt template must contain {CONTEXT_FIELD} exactly once, got {template!r}")
+    return names
+
+
+def check_fields(template: str, row: Mapping[str, Any], dataset: str) -> None:
+    """Raises where the prompt of ``dataset`` names a field that ``row`` does not have."""
+    absent = [name for name in check_template(template, f"prompt of {dataset}") if name not in row]
+    if absent:
+        raise ValueError(
+            f"prompt of {dataset}: row {row.get('_id')!r} has no field {', '.join(map(repr, absent))}; "
+            f"it has {', '.join(row)}"
+        )
+
+
+def check_template_fits(template: str, dataset: str, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> None:
+    """Raises where the model's prompt limit leaves no token for the row besides the template's own words."""
+    words = template.format_map(dict.fromkeys(check_template(template, f"prompt of {dataset}"), ""))
+    tokens = len(_encode(words, tokenizer)) + tokenizer.num_special_tokens_to_add()
+    if tokens >= spec.max_length:
+        raise ValueError(
+            f"prompt of {dataset}: the template alone has {tokens} tokens, the limit of {spec.name} is "
+            f"{spec.max_length} (--max-length); nothing of a row would be read"
+        )
 
 
 def _truncate_middle(head: str, tail: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> tuple[str, str, int]:

@@ -7,15 +7,26 @@ all of them.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from asymkv.longbench.files import write_atomic
+from asymkv.longbench.jsonl import check_finite, parse_object
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing tells two runs of one folder apart there
+    fcntl = None  # type: ignore[assignment]
 
 Record = dict[str, Any]
+# Files of records that this process has claimed, by path; the lock is the system's, so that it dies with the process.
+_claimed: dict[Path, IO[bytes]] = {}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,30 +60,36 @@ class RecordFolder:
         folder: created if absent.
         key: identifies a record; of two with the same key the first is kept.
         shard: whose files this process writes.
+        worker: name of a process that measures other arms of the same shard, into files of its own.
     """
 
-    def __init__(self, folder: str | Path, key: Callable[[Record], Hashable], shard: Shard | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, key: Callable[[Record], Hashable], shard: Shard | None = None, worker: str = ""
+    ) -> None:
         self.folder = Path(folder)
         self.key = key
-        label = (shard or Shard()).label
+        label = f"{worker}-" * bool(worker) + (shard or Shard()).label
         self.records_path = self.folder / f"records-{label}.jsonl"
         self.run_path = self.folder / f"run-{label}.json"
 
-    def claim(self, settings: Record, conditions: Record) -> None:
+    def claim(self, settings: Record, conditions: Record, *, exclusive: bool = False) -> None:
         """Writes this process's ``run-<shard>.json`` and cuts a half-written last line off its records.
 
         Args:
             settings: what the numbers depend on. Every entry that the folder already has must be equal; a None says
-                nothing, and the mapping under ``arms`` is compared arm by arm, so that arms may be added later.
+                nothing, and the mapping under ``arms`` is compared arm by arm, so that arms may be added later, by an
+                experiment of another name too.
             conditions: of this session (machine, versions, date); added to those of earlier ones, not compared.
+            exclusive: hold the shard's file until :meth:`release` or the end of this process.
 
         Raises:
-            ValueError: if the folder holds results of other settings; names them.
+            ValueError: if the folder holds results of other settings (names them), or if another process holds what
+                this one would write.
         """
-        for run in self.runs():
-            differing = sorted(_conflicts(run["settings"], settings))
-            if differing:
-                raise ValueError(f"{self.folder} holds results of other settings: {', '.join(differing)} differ")
+        self.refuse_other(settings)
+        if exclusive:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
         sessions: list[Record] = []
         if self.run_path.exists():
             earlier = json.loads(self.run_path.read_text(encoding="utf-8"))
@@ -83,30 +100,75 @@ class RecordFolder:
             data = self.records_path.read_bytes()
             os.truncate(self.records_path, data.rfind(b"\n") + 1)
 
+    def refuse_other(self, settings: Record) -> None:
+        """Raises ValueError with the names of the settings that the folder's results differ in."""
+        for run in self.runs():
+            differing = sorted(conflicts(run["settings"], settings))
+            if differing:
+                raise ValueError(f"{self.folder} holds results of other settings: {', '.join(differing)} differ")
+
+    def _lock(self) -> None:
+        """Makes sure that no other process writes this shard, or shards of another division of the same work.
+
+        A run that was killed may have left a rank behind, which would measure rows that the next run measures too.
+        """
+        own = self.records_path.resolve()
+        if own not in _claimed:
+            _claimed[own] = _locked(own)
+        division = f"records-*{own.stem[own.stem.rindex('of') :]}.jsonl"
+        for path in set(own.parent.glob("records-*of*.jsonl")) - set(own.parent.glob(division)) - set(_claimed):
+            # Several ranks of one run look at the same moment.
+            _locked(path, shared=True).close()
+
+    def release(self) -> None:
+        """Lets other processes write what this one claimed; without it they may when this process ends."""
+        file = _claimed.pop(self.records_path.resolve(), None)
+        if file is not None:
+            file.close()
+
     def runs(self) -> list[Record]:
         """The ``run-*.json`` of all processes."""
         return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.folder.glob("run-*.json"))]
 
     def append(self, record: Record) -> None:
-        """Adds one record, on disk when this returns."""
+        """Adds one record, on disk when this returns; one with NaN or an infinity is refused and nothing written."""
+        check_finite(record, f"record {self.key(record)} for {self.records_path}")
         with self.records_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def read(self) -> list[Record]:
-        """Records of all processes; what follows a file's last newline is a line still being written."""
+        """Records of all processes; what follows a file's last newline is a line still being written.
+
+        Raises:
+            ValueError: for a line that is no record; names file and line.
+        """
         found: dict[Hashable, Record] = {}
         for path in sorted(self.folder.glob("records-*.jsonl")):
             data = path.read_bytes()
-            for line in data[: data.rfind(b"\n") + 1].splitlines():
-                record = json.loads(line)
+            for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
+                record = parse_object(line, f"{path}:{number}")
                 found.setdefault(self.key(record), record)
         return list(found.values())
 
     def done(self) -> set[Hashable]:
         """Keys of all records."""
         return {self.key(record) for record in self.read()}
+
+
+def _locked(path: Path, *, shared: bool = False) -> IO[bytes]:
+    """The opened file, locked until it is closed; raises where another process holds it."""
+    file = path.open("ab")
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{path} is being written by another process; wait for it, or end it") from None
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): do not start two runs of one folder", path, error)
+    return file
 
 
 def merged_settings(runs: Iterable[Record]) -> Record:
@@ -122,9 +184,9 @@ def _merged(old: Record, new: Record) -> Record:
     return {**new, **old, **known, "arms": {**old.get("arms", {}), **new.get("arms", {})}}
 
 
-def _conflicts(old: Record, new: Record) -> Iterator[str]:
+def conflicts(old: Record, new: Record) -> Iterator[str]:
     """Names of entries that both settings have, with different values."""
-    for name in old.keys() & new.keys() - {"arms"}:
+    for name in old.keys() & new.keys() - {"arms", "experiment"}:
         if old[name] is not None and new[name] is not None and old[name] != new[name]:
             yield name
     arms, others = old.get("arms", {}), new.get("arms", {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +12,21 @@ from typing import Any
 
 from asymkv.longbench import metrics, suites
 from asymkv.longbench.arms import FULL, NONE
-from asymkv.longbench.data import ENGLISH_TASKS, Row, read_jsonl
+from asymkv.longbench.data import Row, ids_sha256
+from asymkv.longbench.jsonl import check_fields, check_kinds, numbered_objects
+from asymkv.longbench.predictions import PREDICTION_KINDS, averages, score_rows, score_rows_e
+from asymkv.longbench.records import conflicts
 from asymkv.longbench.retention import pooled_ratio, retention_pairs
-from asymkv.longbench.runner import RUN_FILE
+from asymkv.longbench.rows import E_SUFFIX
+from asymkv.longbench.runner import RUN_FILE, SECONDS, shared_settings
 
+logger = logging.getLogger(__name__)
 MEGABYTE = 1e6
+# What every record of a run has.
+RECORD_FIELDS = (
+    "_id", "answers", "gold_tokens", "stored_bytes", "full_bytes", "peak_bytes", "kept_ratio", "prompt_tokens",
+    "prefill_seconds",
+)  # fmt: skip
 NAN = float("nan")
 
 
@@ -36,6 +47,11 @@ def find_arms(folders: Sequence[str | Path]) -> list[ArmRun]:
     """Reads every finished arm in (or directly below) the given folders.
 
     Arms of the same name from several folders are told apart by the folder's name.
+
+    Raises:
+        FileNotFoundError: for a folder without a finished arm.
+        ValueError: for arms of one folder that were run on other rows, prompts or another model, and for records that
+            are not those that ``run.json`` describes; names the settings, or file, line and field.
     """
     found = []
     for folder in map(Path, folders):
@@ -49,26 +65,62 @@ def find_arms(folders: Sequence[str | Path]) -> list[ArmRun]:
     labels = [path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in found]
     if len(set(labels)) != len(labels):
         raise ValueError(f"arms cannot be told apart by name: {labels}")
-    return [_read_arm(label, path) for label, path in zip(labels, found, strict=True)]
+    arms = [_read_arm(label, path) for label, path in zip(labels, found, strict=True)]
+    _refuse_mixtures(found, arms)
+    return arms
+
+
+def _refuse_mixtures(folders: Sequence[Path], arms: Sequence[ArmRun]) -> None:
+    first: dict[Path, tuple[str, ArmRun]] = {}
+    for folder, arm in zip(folders, arms, strict=True):
+        name, other = first.setdefault(folder.parent, (folder.name, arm))
+        differing = sorted(conflicts(*(shared_settings(each.run["settings"]) for each in (other, arm))))
+        if differing:
+            raise ValueError(
+                f"{folder} and {folder.parent / name} are of other settings: {', '.join(differing)} differ; "
+                "such arms are not comparable, score them from folders of their own"
+            )
 
 
 def _read_arm(name: str, folder: Path) -> ArmRun:
     run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     datasets = run["results"]["datasets"]
-    return ArmRun(name, run, {dataset: read_jsonl(folder / f"{dataset}.jsonl") for dataset in datasets})
+    records = {dataset: _read_records(folder / f"{dataset}.jsonl", entry) for dataset, entry in datasets.items()}
+    return ArmRun(name, run, records)
 
 
-def build_report(arms: Sequence[ArmRun], *, seed: int = 0) -> dict[str, Any]:
+def _read_records(path: Path, entry: Mapping[str, Any]) -> list[Row]:
+    """The records of one dataset, which must be those that ``run.json`` counted."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, {path.parent / RUN_FILE} counts {entry['rows']} rows of it")
+    rows = []
+    # A suite's records may hold several predictions, or a length that is a word.
+    kinds = PREDICTION_KINDS if suites.find(path.stem) is None else {}
+    for place, row in numbered_objects(path.read_bytes(), str(path)):
+        check_fields(row, place, "a record", RECORD_FIELDS)
+        check_kinds(row, place, kinds)
+        rows.append(row)
+    found = ids_sha256(row["_id"] for row in rows)
+    if found != entry["ids_sha256"]:
+        raise ValueError(
+            f"{path} holds {len(rows)} records with ids of sha256 {found}; {path.parent / RUN_FILE} says "
+            f"{entry['rows']} and {entry['ids_sha256']}: it is not the file of that run"
+        )
+    return rows
+
+
+def build_report(arms: Sequence[ArmRun], *, seed: int = 0, by_length: bool = False) -> dict[str, Any]:
     """Scores every arm and joins the arms by row id for context retention.
 
     Args:
-        arms: the arms; retention needs one named ``full`` and one named ``none`` of the same protocol.
+        arms: the arms; retention needs one named ``full`` and one named ``none`` of the same rows, model and protocol.
         seed: of the bootstrap.
+        by_length: score all tasks in LongBench-E's length buckets, not only those named ``<task>_e``.
     """
-    return {arm.name: _arm_report(arm, arms, seed) for arm in arms}
+    return {arm.name: _arm_report(arm, arms, seed, by_length) for arm in arms}
 
 
-def _arm_report(arm: ArmRun, arms: Sequence[ArmRun], seed: int) -> dict[str, Any]:
+def _arm_report(arm: ArmRun, arms: Sequence[ArmRun], seed: int, by_length: bool) -> dict[str, Any]:
     records = arm.all_records()
     answered = {name: rows for name, rows in arm.records.items() if all("pred" in row for row in rows)}
     scores = {name: _score(name, rows) for name, rows in answered.items()}
@@ -76,7 +128,7 @@ def _arm_report(arm: ArmRun, arms: Sequence[ArmRun], seed: int) -> dict[str, Any
         "protocol": arm.run["settings"]["protocol"],
         "without_context": arm.run["settings"]["without_context"],
         "scores": scores,
-        **_averages(scores),
+        **averages(scores),
         "retention": _retention(arm, arms, seed),
         "rows": {name: len(rows) for name, rows in arm.records.items()},
         "ids_sha256": {name: entry["ids_sha256"] for name, entry in arm.run["results"]["datasets"].items()},
@@ -84,6 +136,7 @@ def _arm_report(arm: ArmRun, arms: Sequence[ArmRun], seed: int) -> dict[str, Any
         "stored_share": _ratio(sum(r["stored_bytes"] for r in records), sum(r["full_bytes"] for r in records)),
         "peak_mb": max(row["peak_bytes"] for row in records) / MEGABYTE,
         "kept_ratio": _mean(row["kept_ratio"] for row in records),
+        "nominal_ratio": _mean(row.get("nominal_ratio", row["kept_ratio"]) for row in records),
         "prefill_tokens_per_second": _ratio(
             sum(r["prompt_tokens"] for r in records), sum(r["prefill_seconds"] for r in records)
         ),
@@ -91,30 +144,27 @@ def _arm_report(arm: ArmRun, arms: Sequence[ArmRun], seed: int) -> dict[str, Any
             sum(r.get("decode_steps", 0) for r in records), sum(r.get("decode_seconds", 0.0) for r in records)
         ),
     }
-    buckets = {name: _score_e(name, rows) for name, rows in answered.items() if name.endswith("_e")}
+    report |= _costs(records)
+    bucketed = [n for n in answered if (by_length or n.endswith(E_SUFFIX)) and suites.find(n) is None]
+    buckets = {name: score_rows_e(name, answered[name]) for name in bucketed}
     reference = {name: _rouge_reference(rows) for name, rows in answered.items() if _is_english_rouge(name)}
     details = {name: found for name, rows in answered.items() if (found := _details(name, rows))}
     further = (("scores_e", buckets), ("rouge_score_l", reference), ("details", details))
     return report | {key: value for key, value in further if value}
 
 
+def _costs(records: Sequence[Row]) -> dict[str, float]:
+    """Time and memory a row; NaN where records do not tell."""
+    seconds = {f"{name}_per_row": _mean(r[name] for r in records if name in r) for name in (*SECONDS, "wall_seconds")}
+    peaks = (("peak_rss_mb", "peak_rss_bytes"), ("device_peak_mb", "device_peak_bytes"))
+    return seconds | {
+        label: max((r[name] for r in records if name in r), default=NAN) / MEGABYTE for label, name in peaks
+    }
+
+
 def _score(dataset: str, rows: Sequence[Row]) -> float:
     benchmark = suites.find(dataset)
-    if benchmark is not None:
-        return benchmark.total(rows)
-    return metrics.score_dataset(
-        dataset, [row["pred"] for row in rows], [row["answers"] for row in rows], rows[-1]["all_classes"]
-    )
-
-
-def _score_e(dataset: str, rows: Sequence[Row]) -> dict[str, float]:
-    return metrics.score_dataset_e(
-        dataset,
-        [row["pred"] for row in rows],
-        [row["answers"] for row in rows],
-        rows[-1]["all_classes"],
-        lengths=[row["length"] for row in rows],
-    )
+    return score_rows(dataset, rows) if benchmark is None else benchmark.total(rows)
 
 
 def _details(dataset: str, rows: Sequence[Row]) -> dict[str, float] | None:
@@ -136,18 +186,15 @@ def _rouge_reference(rows: Sequence[Row]) -> float:
     return round(100 * _mean(scores), 2)
 
 
-def _averages(scores: Mapping[str, float]) -> dict[str, float]:
-    """Plain mean over the tasks that ran, and LongBench's headline where all 16 English tasks did."""
-    averages = {"average": round(_mean(scores.values()), 2)}
-    if set(ENGLISH_TASKS) <= set(scores):
-        averages["average_english_16"] = round(_mean(scores[name] for name in ENGLISH_TASKS), 2)
-    return averages
-
-
 def _retention(arm: ArmRun, arms: Sequence[ArmRun], seed: int) -> dict[str, Any] | None:
-    """Context retention with its bootstrap interval, or None without the two reference arms."""
-    protocol = arm.run["settings"]["protocol"]
-    peers = {other.run["arm"]: other for other in arms if other.run["settings"]["protocol"] == protocol}
+    """Context retention with its bootstrap interval, or None without the two reference arms on the same rows."""
+    own = shared_settings(arm.run["settings"])
+    same = [other for other in arms if not any(conflicts(own, shared_settings(other.run["settings"])))]
+    peers = {other.run["arm"]: other for other in same}
+    for other in arms:
+        if other.run["arm"] in (FULL, NONE) and other.run["arm"] not in peers:
+            differing = sorted(conflicts(own, shared_settings(other.run["settings"])))
+            logger.warning("no R of %s against %s: %s differ", arm.name, other.name, ", ".join(differing))
     if FULL not in peers or NONE not in peers:
         return None
     full, none = peers[FULL], peers[NONE]
@@ -201,24 +248,51 @@ def to_json(report: Mapping[str, Any]) -> str:
 def table_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the summary table, one row per arm, in the order of the report."""
     datasets = list(dict.fromkeys(name for arm in report.values() for name in arm["scores"]))
-    protocols = {arm["protocol"] for arm in report.values()}
+    protocols = {arm["protocol"] for arm in report.values() if "protocol" in arm}
     header = ["method", *datasets, "average", "R (95 % interval)", "stored MB", "of full"]
+    # An arm that hides rows is charged for all that it stores; what attention still sees stands beside it.
+    hides = any(arm.get("nominal_ratio", NAN) < arm.get("kept_ratio", NAN) for arm in report.values())
+    header += ["in view"] if hides else []
     header += ["prefill tok/s", "decode tok/s"]
     cells = []
     for name, arm in report.items():
-        label = name if len(protocols) == 1 else f"{name} ({arm['protocol']})"
+        label = f"{name} ({arm['protocol']})" if len(protocols) > 1 and "protocol" in arm else name
         scores = [_number(arm["scores"].get(dataset, NAN)) for dataset in datasets]
-        retained = arm["retention"]
-        share = NAN if arm["without_context"] else 100 * arm["stored_share"]
+        retained = arm.get("retention")
+        share = NAN if arm.get("without_context") else 100 * arm.get("stored_share", NAN)
         interval = "-"
         if retained is not None:
             interval = f"{retained['value']:.3f} ({retained['low']:.3f}..{retained['high']:.3f})"
         cells.append([
-            label, *scores, _number(arm["average"]), interval, _number(arm["stored_mb"]),
-            _number(share, " %", 1), _number(arm["prefill_tokens_per_second"], places=0),
-            _number(arm["decode_tokens_per_second"], places=1),
+            label, *scores, _number(arm["average"]), interval, _number(arm.get("stored_mb", NAN)),
+            _number(share, " %", 1), *([_number(100 * arm.get("nominal_ratio", NAN), " %", 1)] if hides else []),
+            _number(arm.get("prefill_tokens_per_second", NAN), places=0),
+            _number(arm.get("decode_tokens_per_second", NAN), places=1),
         ])  # fmt: skip
     return header, cells
+
+
+def bucket_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of LongBench-E's table: one row per arm and task, and the mean of each bucket over its tasks."""
+    names = [name for name, _ in metrics.LENGTH_BUCKETS]
+    cells = []
+    for arm, entry in report.items():
+        by_task = entry.get("scores_e", {})
+        means = {name: _mean(s[name] for s in by_task.values() if not math.isnan(s[name])) for name in names}
+        for task, scores in [*by_task.items(), *([("average", means)] if by_task else [])]:
+            cells.append([arm, task, *(_number(scores[name]) for name in names)])
+    return ["method", "task", *names], cells
+
+
+def cost_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of what a row cost: seconds (mean), peak memory of the process and of the cache."""
+    columns = {
+        "prefill s": "prefill_seconds_per_row", "question s": "question_seconds_per_row",
+        "decode s": "decode_seconds_per_row", "row s": "wall_seconds_per_row", "peak KV MB": "peak_mb",
+        "peak RSS MB": "peak_rss_mb", "peak device MB": "device_peak_mb",
+    }  # fmt: skip
+    arms = {name: arm for name, arm in report.items() if "peak_mb" in arm}
+    return ["method", *columns], [[n, *(_number(a.get(key, NAN)) for key in columns.values())] for n, a in arms.items()]
 
 
 def _number(value: float, unit: str = "", places: int = 2) -> str:
@@ -226,31 +300,38 @@ def _number(value: float, unit: str = "", places: int = 2) -> str:
 
 
 def markdown(report: Mapping[str, Any], arms: Sequence[ArmRun]) -> str:
-    """The table in markdown, with the conditions that the numbers hold under."""
-    header, cells = table_rows(report)
-    lines = ["# Scores", "", *_conditions(arms), ""]
-    lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(row) + " |" for row in cells]
-    lines += _detail_lines(report)
-    lines += [
-        "",
-        "R is context retention, (NLL_none - NLL) / (NLL_none - NLL_full) of the gold answer: 1 = the full cache,",
-        "0 = no context at all; the interval is a bootstrap over rows. MB and share are of the cache after the prompt.",
-    ]
-    return "\n".join(lines) + "\n"
+    """The tables in markdown, with the conditions that the numbers hold under."""
+    parts = ["# Scores", *(["\n".join(_conditions(arms))] if arms else []), _table(*table_rows(report))]
+    if any(arm.get("retention") for arm in report.values()):
+        parts.append(
+            "R is context retention, (NLL_none - NLL) / (NLL_none - NLL_full) of the gold answer: 1 = the full cache,\n"
+            "0 = no context at all; the interval is a bootstrap over rows. MB and share are of the cache after the\n"
+            "prompt."
+        )
+    parts += _detail_parts(report)
+    header, cells = bucket_rows(report)
+    if cells:
+        parts += ["## By length in words (LongBench-E)", _table(header, cells)]
+    if arms:
+        parts += ["## Time and memory of a row", _table(*cost_rows(report))]
+        parts.append("Seconds are means over rows, peaks the largest of a row; RSS and device hold the model too.")
+    return "\n\n".join(parts) + "\n"
 
 
-def _detail_lines(report: Mapping[str, Any]) -> list[str]:
-    """A table for each dataset with further scores."""
-    lines: list[str] = []
+def _table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells])
+
+
+def _detail_parts(report: Mapping[str, Any]) -> list[str]:
+    """A heading and a table for each dataset with further scores."""
+    parts: list[str] = []
     for dataset in dict.fromkeys(name for arm in report.values() for name in arm.get("details", {})):
         found = {name: arm["details"][dataset] for name, arm in report.items() if dataset in arm.get("details", {})}
         columns = list(dict.fromkeys(column for scores in found.values() for column in scores))
-        lines += ["", f"{dataset}:", "", "| method | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
-        for name, scores in found.items():
-            cells = [_number(scores.get(column, NAN)) for column in columns]
-            lines.append("| " + " | ".join([name, *cells]) + " |")
-    return lines
+        cells = [[name, *(_number(scores.get(column, NAN)) for column in columns)] for name, scores in found.items()]
+        parts += [f"## {dataset}", _table(["method", *columns], cells)]
+    return parts
 
 
 def _conditions(arms: Sequence[ArmRun]) -> list[str]:
@@ -277,11 +358,11 @@ def plot(report: Mapping[str, Any], path: str | Path) -> None:
     for axes, title, value in zip(
         figure.subplots(1, 2),
         ("average score", "context retention R"),
-        (lambda arm: arm["average"], lambda arm: arm["retention"]["value"] if arm["retention"] else NAN),
+        (lambda arm: arm["average"], lambda arm: arm["retention"]["value"] if arm.get("retention") else NAN),
         strict=True,
     ):
         for name, arm in report.items():
-            if not math.isnan(value(arm)):
+            if "stored_mb" in arm and not math.isnan(value(arm)):
                 axes.scatter(arm["stored_mb"], value(arm), label=name)
                 axes.annotate(name, (arm["stored_mb"], value(arm)), textcoords="offset points", xytext=(4, 4))
         axes.set(xlabel="stored MB after the prompt (mean)", ylabel=title)

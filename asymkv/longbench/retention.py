@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from asymkv.cache import CompressedCache
 from asymkv.config import CompressionConfig
+from asymkv.longbench.models import input_device
 from asymkv.longbench.prompts import Prompt
 
 PROTOCOLS = ("prompt", "context")
@@ -68,7 +69,7 @@ def split_prompt(prompt: Prompt, protocol: str) -> tuple[list[int], list[int]]:
 @torch.no_grad()
 def compress(model: nn.Module, ids: Sequence[int]) -> Prefix:
     """Prefills ``ids`` with whatever cache the model makes for itself (a patched model compresses here)."""
-    batch = torch.tensor([list(ids)], device=model.device)
+    batch = torch.tensor([list(ids)], device=input_device(model))
     out = model(batch, logits_to_keep=1, use_cache=True)
     return Prefix(out.past_key_values, out.logits[0, -1])
 
@@ -94,7 +95,7 @@ def continuation_logits(model: nn.Module, prefix: Prefix, ids: Sequence[int], nu
         raise ValueError(f"{num_targets} targets in {len(ids)} tokens")
     if not fed:
         return prefix.last_logits[None]
-    batch = torch.tensor([fed], device=model.device)
+    batch = torch.tensor([fed], device=input_device(model))
     keep = min(num_targets, len(fed))
     logits = model(batch, past_key_values=frozen_fork(prefix.cache), use_cache=True, logits_to_keep=keep).logits[0]
     if num_targets == len(ids):

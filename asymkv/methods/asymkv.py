@@ -15,16 +15,16 @@ from asymkv.methods import upstream
 from asymkv.methods.base import Method
 from asymkv.methods.upstream import upstream_compact
 from asymkv.observations import PairCost, attention_mass, exposure, key_curvature, pair_cost, sampled
-from asymkv.plan import CompactionPlan, contract_pairs, keep_rows
+from asymkv.plan import CompactionPlan, contract_pairs
 from asymkv.view import RowView
 
 if TYPE_CHECKING:
     from asymkv.config import CompressionConfig
 
-__all__ = ["AsymKV", "AsymKVEvict", "convex_weights", "upstream_compact"]
+__all__ = ["AsymKV", "convex_weights", "upstream_compact"]
 
 CURVATURES = ("loss", "output", "cardinality")
-KEY_WEIGHTS = ("curvature", "output_error")
+KEY_WEIGHTS = ("curvature", "output_error", "attention", "mean")
 PAIR_RULES = ("attention", "output_error")
 
 # Share of the cardinality weight mixed into every curvature weight, and the curvature below which it takes over.
@@ -40,8 +40,8 @@ class AsymKV(Method):
     Args:
         curvature: what weighs a key in a merge: "loss" (squared gradient of the chunk's LM loss, the paper's Fisher
             diagonal), "output" (Gauss-Newton of the attention output, forward only), "cardinality".
-        key_weights: "curvature" (per dimension), or "output_error" (the scalar weight that minimises the change of
-            the attention output, per pair).
+        key_weights: "curvature" (per dimension), "output_error" (the scalar weight that minimises the change of the
+            attention output, per pair), "attention" (the attention that a row gets) or "mean" (rows count alike).
         pair_rule: "attention" (lowest sum of attention, the paper's) or "output_error" (smallest change of the
             attention output at the merge's own best weight).
         position_factor: multiply a pair's attention by ``exp(-(i + 1) / gamma)``, ``gamma = 4096 / ln 512``, as the
@@ -117,21 +117,31 @@ class AsymKV(Method):
         """
         view = sampled(view, self.max_queries)
         cost = pair_cost(view) if "output_error" in (self.pair_rule, self.key_weights) else None
+        self._note_weights(view, cost)
+        free = ~view.protected(self.sink_size, self.window_size)
+        return self.pair_score(view, cost), free[..., 1:] & free[..., :-1]
+
+    def _note_weights(self, view: RowView, cost: PairCost | None) -> None:
+        """Leaves in ``view.evidence`` what the keys' weights are made of."""
         if self.key_weights == "output_error":
             assert cost is not None
             view.evidence["pair_weight"] = cost.weight.clamp(*PAIR_WEIGHT_RANGE)
-        elif self.curvature == "output":
+        elif self.key_weights == "attention":
+            view.evidence["mean_attention"] = attention_mass(view) / exposure(view)
+        elif self.key_weights == "curvature" and self.curvature == "output":
             view.evidence["curvature"] = key_curvature(view)
-        elif self.curvature == "loss" and "fisher" in view.statistics:
+        elif self.key_weights == "curvature" and self.curvature == "loss" and "fisher" in view.statistics:
             # Held here: the column may be gone by the time that layers which wait for each other are compacted.
             view.evidence["curvature"] = view.statistics["fisher"]
-        free = ~view.protected(self.sink_size, self.window_size)
-        return self.pair_score(view, cost), free[..., 1:] & free[..., :-1]
 
     def carry_out(self, view: RowView, chosen: Tensor) -> CompactionPlan:
         """Contracts the chosen pairs."""
         destination = contract_pairs(chosen)
         return CompactionPlan(destination, self.key_weight(view, chosen, destination))
+
+    def tokens(self, view: RowView) -> Tensor:
+        """Tokens that each row stands for, ``[B, H_kv, T]``."""
+        return view.cardinality
 
     def pair_score(self, view: RowView, cost: PairCost | None) -> Tensor:
         """Cost of contracting rows j and j + 1, ``[B, H_kv, T - 1]``."""
@@ -146,7 +156,7 @@ class AsymKV(Method):
         if self.position_factor:
             score = score * upstream.position_factor(score.shape[-1] + 1, self.sink_size, score)
         if self.cardinality_factor:
-            n = view.cardinality.to(score.dtype)
+            n = self.tokens(view).to(score.dtype)
             score = score * (n[..., 1:] + n[..., :-1])
         return score
 
@@ -154,49 +164,25 @@ class AsymKV(Method):
         """Weight on row j that the merge of j and j + 1 will use, as far as it is a scalar."""
         if self.key_weights == "output_error":
             return view.evidence["pair_weight"]
-        n = view.cardinality.to(cost.a.dtype)
+        if self.key_weights == "mean":
+            return torch.full_like(cost.a, 0.5)
+        n = self.tokens(view).to(cost.a.dtype)
         return n[..., :-1] / (n[..., 1:] + n[..., :-1])
 
     def key_weight(self, view: RowView, pairs: Tensor, destination: Tensor) -> Tensor | None:
         """Convex weights of keys, ``[B, H_kv, T]`` or ``[B, H_kv, T, D]``; None = cardinality."""
         if self.key_weights == "output_error":
             return _chain_weights(view.evidence["pair_weight"], pairs, destination)
+        if self.key_weights == "attention":
+            return view.evidence["mean_attention"]
+        if self.key_weights == "mean":
+            return torch.ones_like(destination, dtype=torch.float32)
         if self.curvature == "cardinality":
             return None
         curvature = view.evidence.get("curvature")
         if curvature is None:
             return None
-        return convex_weights(curvature, view.cardinality, destination)
-
-
-@dataclasses.dataclass(frozen=True)
-class AsymKVEvict(AsymKV):
-    """The control of AsymKV: the same scores, protected rows and row count, but a run keeps one row and drops the rest.
-
-    Of each run of pairs the row with the most attention stays, with cardinality 1. Takes AsymKV's arguments.
-    """
-
-    title: ClassVar[str] = "AsymKV's selection without merging (control)"
-
-    def validate(self, config: CompressionConfig) -> None:
-        super().validate(config)
-        if self.upstream_compat:
-            raise ValueError("asymkv_evict has no upstream_compat=True; allowed: False")
-
-    def judge(self, view: RowView) -> tuple[Tensor, Tensor]:
-        """As AsymKV; leaves the mean attention of each row in ``view.evidence``."""
-        seen = sampled(view, self.max_queries)
-        view.evidence["mean_attention"] = attention_mass(seen) / exposure(seen)
-        return super().judge(view)
-
-    def carry_out(self, view: RowView, chosen: Tensor) -> CompactionPlan:
-        """Keeps the most attended row of each run."""
-        group, mass = contract_pairs(chosen), view.evidence["mean_attention"]
-        best = torch.zeros_like(mass).scatter_reduce_(-1, group, mass, "amax", include_self=False)
-        index = torch.arange(group.shape[-1], device=group.device).expand_as(group)
-        leads = torch.where(mass == best.gather(-1, group), index, group.shape[-1])
-        first = torch.full_like(index, group.shape[-1]).scatter_reduce_(-1, group, leads, "amin")
-        return keep_rows((first.gather(-1, group) == index) & view.valid)
+        return convex_weights(curvature, self.tokens(view), destination)
 
 
 def convex_weights(curvature: Tensor, cardinality: Tensor, destination: Tensor) -> Tensor:
@@ -215,14 +201,14 @@ def convex_weights(curvature: Tensor, cardinality: Tensor, destination: Tensor) 
     h = curvature.to(torch.promote_types(curvature.dtype, torch.float32))
     n = cardinality.to(h.dtype)[..., None]
     known = (h.amax(-1, keepdim=True) > 0).to(h.dtype)
-    index = destination.clamp(min=0)[..., None]
-
-    def group_sum(x: Tensor) -> Tensor:
-        spread = index.expand_as(x)
-        return torch.zeros_like(x).scatter_add_(2, spread, x).gather(2, spread)
-
-    density = group_sum(h * known) / group_sum(n * known).clamp(min=VANISHING)
+    density = group_sums(h * known, destination) / group_sums(n * known, destination).clamp(min=VANISHING)
     return torch.where(known > 0, h, n * density) + n * (MIX * density + VANISHING)
+
+
+def group_sums(rows: Tensor, destination: Tensor) -> Tensor:
+    """``rows [B, H_kv, T, D]``, each replaced by the sum of its group, ``destination [B, H_kv, T]``."""
+    index = destination.clamp(min=0)[..., None].expand_as(rows)
+    return torch.zeros_like(rows).scatter_add_(2, index, rows).gather(2, index)
 
 
 def _chain_weights(weight: Tensor, pairs: Tensor, destination: Tensor) -> Tensor:

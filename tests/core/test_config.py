@@ -37,6 +37,8 @@ SHIPPED = sorted(p.stem for p in (config_root() / "methods").glob("*.yaml"))
     ({"cardinality_factor": 1}, "must be True or False; found 1"),
     ({"max_queries": 0}, "max_queries"),
     ({"method": "asymkv_evict", "upstream_compat": True}, "allowed: False"),
+    ({"method": "asymkv_symmetric", "upstream_compat": True}, "allowed: False"),
+    ({"method": "asymkv", "key_weights": "sum"}, "'mean'"),
 ], ids=lambda x: str(x)[:40])  # fmt: skip
 def test_bad_settings_name_what_was_found_and_what_is_allowed(settings, message):
     with pytest.raises(ValueError, match=message):

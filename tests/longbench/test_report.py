@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from asymkv.longbench import report
+from asymkv.longbench import predictions, report
+from asymkv.longbench.data import ids_sha256
 
 
 def write_arm(folder: Path, name: str, losses: dict[str, float], *, stored: int = 100) -> None:
@@ -27,7 +28,7 @@ def write_arm(folder: Path, name: str, losses: dict[str, float], *, stored: int 
             "protocol": "prompt", "without_context": name == "none", "model": "m", "dtype": "float32", "device": "cpu",
         },
         "conditions": {"device_name": "x", "commit": "abc", "versions": {"torch": "2", "transformers": "5"}},
-        "results": {"datasets": {"qasper": {"rows": len(rows), "ids_sha256": "0" * 64}}},
+        "results": {"datasets": {"qasper": {"rows": len(rows), "ids_sha256": ids_sha256(losses)}}},
     }  # fmt: skip
     (folder / name).mkdir(parents=True)
     (folder / name / "qasper.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -82,9 +83,9 @@ def test_headline_is_the_mean_of_the_sixteen_english_tasks() -> None:
     from asymkv.longbench.data import CHINESE_TASKS, ENGLISH_TASKS
 
     scores = {**dict.fromkeys(ENGLISH_TASKS, 40.0), **dict.fromkeys(CHINESE_TASKS, 10.0)}
-    assert report._averages(scores)["average_english_16"] == 40.0
+    assert predictions.averages(scores)["average_english_16"] == 40.0
     scores.pop("lcc")
-    assert "average_english_16" not in report._averages(scores)
+    assert "average_english_16" not in predictions.averages(scores)
 
 
 def test_files_are_readable_elsewhere(folder: Path, tmp_path: Path) -> None:
@@ -92,11 +93,70 @@ def test_files_are_readable_elsewhere(folder: Path, tmp_path: Path) -> None:
     scores = report.build_report(found)
     scores["asymkv"]["average"] = float("nan")
     assert json.loads(report.to_json(scores))["asymkv"]["average"] is None
-    table = [line for line in report.markdown(scores, found).splitlines() if line.startswith("|")]
-    assert len(table) == 3 and len({line.count("|") for line in table}) == 1
+    lines = report.markdown(scores, found).splitlines()
+    for first in ("| method | qasper", "| method | prefill s"):
+        start = next(number for number, line in enumerate(lines) if line.startswith(first))
+        table = lines[start : start + 3]
+        assert all(table) and len({line.count("|") for line in table}) == 1 and lines[start + 3] == ""
 
 
 def test_the_plot_is_written(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     report.plot(report.build_report(report.find_arms([folder])), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def change_setting(arm: Path, **settings: object) -> None:
+    path = arm / "run.json"
+    run = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(run | {"settings": run["settings"] | settings}), encoding="utf-8")
+
+
+def test_arms_of_one_folder_with_other_settings_are_refused_by_name(folder: Path) -> None:
+    change_setting(folder / "asymkv", **{"model": "other", "config.ratio": 0.5})
+    with pytest.raises(ValueError, match=r"asymkv.*are of other settings: model differ"):
+        report.find_arms([folder])
+
+
+def test_references_of_another_model_are_not_used(folder: Path, tmp_path: Path, caplog) -> None:
+    other = tmp_path / "other"
+    write_arm(other, "h2o", {"a": 2.0, "b": 3.0})
+    change_setting(other / "h2o", model="other")
+    scores = report.build_report(report.find_arms([folder, other]))
+    assert scores["asymkv"]["retention"] is not None and scores["h2o"]["retention"] is None
+    assert "no R of h2o against full: model differ" in caplog.text
+
+
+def test_records_that_are_not_those_of_the_run_are_refused(folder: Path) -> None:
+    path = folder / "full" / "qasper.jsonl"
+    whole = path.read_bytes()
+    broken = {
+        r"qasper.jsonl holds 1 records .*run.json says 2": whole[: whole.index(b"\n") + 1],
+        r"qasper.jsonl:2 is not JSON": whole[:-20],
+        r"qasper.jsonl:1: every number must be finite, found nll=nan": whole.replace(b"1.0", b"NaN", 1),
+        r"qasper.jsonl:1: a record lacks answers": whole.replace(b'"answers"', b'"reference"', 1),
+        r"qasper.jsonl:1: field 'pred' must be a string, found int 5": whole.replace(b'"pred": "yes"', b'"pred": 5', 1),
+    }
+    for message, content in broken.items():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            report.find_arms([folder])
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="qasper.jsonl does not exist, .*counts 2 rows"):
+        report.find_arms([folder])
+
+
+def test_costs_of_a_row_are_reported_where_records_tell_them(folder: Path) -> None:
+    path = folder / "asymkv" / "qasper.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for row, seconds in zip(rows, (1.0, 3.0), strict=True):
+        row |= {"question_seconds": seconds, "wall_seconds": 9.0, "peak_rss_bytes": seconds * 1e6}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    scores = report.build_report(report.find_arms([folder]))
+    header, cells = report.cost_rows(scores)
+    named = {row[0]: dict(zip(header, row, strict=True)) for row in cells}
+    assert named["asymkv"] == {
+        "method": "asymkv", "prefill s": "2.00", "question s": "2.00", "decode s": "3.00", "row s": "9.00",
+        "peak KV MB": "0.00", "peak RSS MB": "3.00", "peak device MB": "-",
+    }  # fmt: skip
+    assert named["full"]["peak RSS MB"] == "-"

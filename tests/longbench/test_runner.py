@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
-import subprocess
-import sys
-import time
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from longbench_files import METHODS, PROTOCOL, TASK, load_script, pred_arguments, stored_lines, write_inputs, write_rows
 
 from asymkv.longbench import arms, data, models, runner
+from asymkv.longbench.jsonl import NotFiniteError
 from asymkv.longbench.measure import Protocol, greedy, measure
-
-PRED = Path(__file__).parents[2] / "scripts" / "pred.py"
-ROWS, METHODS, TASK = 8, ("full", "streaming_llm"), "qasper"
-PROTOCOL = Protocol("context", max_new_tokens=12)
+from asymkv.longbench.records import RecordFolder
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with one task, and LongBench-like config beside it."""
-    folder = tmp_path_factory.mktemp("data")
-    rows = [
-        {"input": f"{i}?", "context": f"{i} " * 60, "answers": [f"a{i}"], "length": 60, "_id": f"row{i}"}
-        for i in range(ROWS)
-    ]
-    (folder / f"{TASK}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (folder / "dataset2prompt.json").write_text(json.dumps({TASK: "{context}\n{input}"}), encoding="utf-8")
-    (folder / "dataset2maxlen.json").write_text(json.dumps({TASK: 24}), encoding="utf-8")
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("data"))
 
 
 def make_work(inputs: Path, *, ratio: float = 0.5, methods: tuple[str, ...] = METHODS) -> runner.Work:
@@ -46,53 +34,6 @@ def subject(tiny_folder: Path):
 
 
 ALONE = runner.Ranks(0, 1, torch.device("cpu"))
-
-
-def start(inputs: Path, model: Path, out: Path, *launcher: str) -> subprocess.Popen:
-    """The settings of `make_work`, through the script."""
-    command = [sys.executable, *launcher, str(PRED), "--model", str(model), "--max-length", "500"]
-    command += ["--dtype", "float32", "--device", "cpu", "--threads", "1", "--out", str(out)]
-    command += ["--data-dir", str(inputs), "--datasets", TASK, "--longbench-config", str(inputs)]
-    command += ["--methods", ",".join(METHODS), "--ratio", "0.5", "--set", "sink_size=2", "--set", "window_size=8"]
-    command += ["--protocol", PROTOCOL.name, "--max-new-tokens", "12"]
-    path = os.pathsep.join([str(PRED.parents[1]), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-
-
-def kill_after_some_rows(process: subprocess.Popen, out: Path) -> None:
-    while process.poll() is None and len(stored_lines(out)) < 3:
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-
-
-def stored_lines(out: Path) -> list[str]:
-    return [line for path in out.glob("*/records-*.jsonl") for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def test_a_killed_run_is_finished_by_two_ranks_that_cover_every_row_once(
-    inputs: Path, tiny_folder: Path, tmp_path: Path
-) -> None:
-    kill_after_some_rows(start(inputs, tiny_folder, tmp_path), tmp_path)
-    before = stored_lines(tmp_path)
-    assert 3 <= len(before) < ROWS * len(METHODS)
-    with (tmp_path / "full" / "records-0of1.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"index": 4, "data')
-
-    again = start(inputs, tiny_folder, tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    assert again.wait(timeout=120) == 0, again.stderr.read()
-
-    after = [line for line in stored_lines(tmp_path) if line.endswith("}")]
-    assert set(before) <= set(after) and len(after) == ROWS * len(METHODS)
-    for method in METHODS:
-        merged = data.read_jsonl(tmp_path / method / f"{TASK}.jsonl")
-        assert [(row["index"], row["_id"]) for row in merged] == [(i, f"row{i}") for i in range(ROWS)]
-        for rank in (0, 1):
-            mine = data.read_jsonl(tmp_path / method / f"records-{rank}of2.jsonl")
-            assert {row["index"] % 2 for row in mine} <= {rank}
-        run = json.loads((tmp_path / method / "run.json").read_text(encoding="utf-8"))
-        assert run["results"]["datasets"][TASK]["rows"] == ROWS and run["conditions"]["world_size"] == 2
 
 
 def test_a_finished_run_is_not_run_again(inputs: Path, subject, tmp_path: Path, monkeypatch) -> None:
@@ -111,6 +52,83 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(inputs: Path, sub
     fewer.rows[TASK].pop()
     with pytest.raises(ValueError, match=rf"rows\.{TASK}"):
         runner.run(fewer, subject, tmp_path, ALONE)
+
+
+def test_an_arm_of_another_model_or_other_rows_does_not_join_a_folder(inputs: Path, subject, tmp_path: Path) -> None:
+    runner.run(make_work(inputs, methods=("full",)), subject, tmp_path, ALONE)
+    other = dataclasses.replace(subject, spec=dataclasses.replace(subject.spec, path="other", max_length=400))
+    with pytest.raises(ValueError, match=r"full holds results of other settings: max_length, model differ"):
+        runner.run(make_work(inputs, methods=("streaming_llm",)), other, tmp_path, ALONE)
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_a_run_tells_its_settings_time_and_memory(inputs: Path, subject, tmp_path: Path) -> None:
+    runner.run(make_work(inputs, methods=("streaming_llm",)), subject, tmp_path, ALONE)
+    run = json.loads((tmp_path / "streaming_llm" / "run.json").read_text(encoding="utf-8"))
+    rows = data.read_jsonl(tmp_path / "streaming_llm" / f"{TASK}.jsonl")
+    assert run["settings"]["config.ratio"] == 0.5 and run["in_force"]["positions"] == "compact"
+    assert run["conditions"]["versions"]["torch"] == torch.__version__ and len(run["sessions"]) == 1
+    found = run["results"]
+    assert found["rows"] == len(rows) and found["kept_ratio"] == pytest.approx(0.5, abs=0.01)
+    assert found["peak_kv_bytes"] == max(row["peak_bytes"] for row in rows) > 0
+    assert found["peak_rss_bytes"] == max(row["peak_rss_bytes"] for row in rows) > 1e7
+    for name in runner.SECONDS:
+        assert found[name] == pytest.approx(sum(row[name] for row in rows)) and all(row[name] > 0 for row in rows)
+    assert found["measured_seconds"] <= found["wall_seconds"] <= found["session_seconds"]
+
+
+def test_a_number_that_is_none_stops_the_run_and_keeps_what_was_measured(
+    inputs: Path, subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(subject, arm, task, row, protocol):
+        return measure(subject, arm, task, row, protocol) | ({"nll": float("nan")} if row["_id"] == "row2" else {})
+
+    monkeypatch.setattr(runner, "measure", broken)
+    with pytest.raises(NotFiniteError, match=r"\('qasper', 2\).*full.records-0of1.jsonl.*found nll=nan"):
+        runner.run(make_work(inputs), subject, tmp_path, ALONE)
+    assert [json.loads(line)["index"] for line in stored_lines(tmp_path)] == [0, 1]
+
+
+def test_a_prompt_without_its_field_is_refused_before_the_first_row(inputs: Path, subject, tmp_path: Path) -> None:
+    work = make_work(inputs)
+    work.tasks[TASK] = dataclasses.replace(work.tasks[TASK], template="{context} {question}")
+    with pytest.raises(ValueError, match="prompt of qasper: row 'row0' has no field 'question'"):
+        runner.run(work, subject, tmp_path, ALONE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dataset_that_was_begun_only_is_no_result(inputs: Path, subject, tmp_path: Path) -> None:
+    work = make_work(inputs, methods=("full",))
+    store = RecordFolder(tmp_path / "full", runner._key)
+    store.claim({}, {})
+    store.append({"dataset": "trec", "index": 0, "_id": "x", "peak_bytes": 1, "kept_ratio": 1.0, "wall_seconds": 1.0})
+    runner.run(work, subject, tmp_path, ALONE)
+    run = json.loads((tmp_path / "full" / "run.json").read_text(encoding="utf-8"))
+    assert list(run["results"]["datasets"]) == [TASK]
+
+
+def test_a_rank_without_a_device_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    message = "local rank 3 has no cuda device of its own, this node has 2"
+    with pytest.raises(ValueError, match=message), runner.distributed("cuda"):
+        pass
+
+
+def test_longbench_e_is_scored_by_length_from_its_own_rows(tiny_folder: Path, tmp_path: Path) -> None:
+    inputs, out = write_inputs(tmp_path, task="qasper_e", rows=4), tmp_path / "out"
+    load_script("pred").main(pred_arguments(inputs, tiny_folder, out, task="qasper_e"))
+    rows = data.read_jsonl(out / "full" / "qasper_e.jsonl")
+    assert [row["length"] for row in rows] == [3990, 3994, 3998, 4002]
+    # The first three say what was asked for, the last does not.
+    changed = [{**row, "pred": row["answers"][0] if row["length"] < 4000 else "x"} for row in rows]
+    write_rows(out / "full" / "qasper_e.jsonl", changed)
+    scores = load_script("eval").main([str(out)])
+    buckets = scores["full"]["scores_e"]["qasper_e"]
+    assert (buckets["0-4k"], buckets["4-8k"]) == (100.0, 0.0) and math.isnan(buckets["8k+"])
+    assert scores["full"]["scores"] == {"qasper_e": 75.0}
+    assert "| full | qasper_e | 100.00 | 0.00 | - |" in (out / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("protocol", ["prompt", "context"])

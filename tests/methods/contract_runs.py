@@ -24,6 +24,7 @@ SHIPPED = sorted(p.stem for p in (config_root() / "methods").glob("*.yaml"))
 EXTRA = {
     "asymkv_error": {"method": "asymkv", "key_weights": "output_error", "pair_rule": "output_error"},
     "asymkv_global": {"method": "asymkv", "layer_budgets": "global"},
+    "asymkv_symmetric_attention": {"method": "asymkv_symmetric", "key_weights": "attention"},
     "cam_counts": {"method": "cam", "count_bias": True, "deterministic": True},
     "chunkkv_knorm": {"method": "chunkkv", "scorer": "knorm", "window_size": 8},
     "d2o_counts": {"method": "d2o", "count_bias": True},

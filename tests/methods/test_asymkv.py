@@ -6,7 +6,9 @@ from tiny_models import assert_close, prompt, tiny_model
 
 import asymkv
 from asymkv.layer import CompressedLayer
-from asymkv.methods.asymkv import AsymKV, AsymKVEvict, convex_weights
+from asymkv.methods import METHODS
+from asymkv.methods.asymkv import AsymKV, convex_weights
+from asymkv.methods.asymkv_controls import AsymKVEvict, AsymKVSymmetric
 from asymkv.observations import attention_mass, exposure, key_curvature, pair_cost, sampled
 from asymkv.ops.reference import lma_attention
 from asymkv.plan import contract_pairs, execute
@@ -35,7 +37,8 @@ def make_view(rows=24, queries=9, budget=14, sink=2, window=3, dtype=torch.float
 
 
 def method(cls=AsymKV, **options):
-    config = CONFIG("asymkv_evict" if cls is AsymKVEvict else "asymkv", sink_size=2, window_size=3, **options)
+    name = next(name for name, registered in METHODS.items() if registered is cls)
+    config = CONFIG(name, sink_size=2, window_size=3, **options)
     return config.options
 
 
@@ -176,6 +179,70 @@ def test_a_row_without_curvature_counts_like_its_groups_average():
     h = torch.tensor([4.0, 0.0, 2.0])[None, None, :, None].expand(1, 1, 3, 2)
     w = convex_weights(h, torch.tensor([[[2, 3, 1]]]), groups([1, 1]))
     assert_close("weights", torch.tensor([4.0, 6.0, 2.0]), w[0, 0, :, 0], 1e-4)
+
+
+def share_of(view, pairs, weights):
+    """Normalised weights ``[T]`` of the runs of head 0, one run at a time."""
+    weights = weights.clone()
+    destination = contract_pairs(pairs)[0, 0]
+    for group in destination.unique():
+        weights[destination == group] /= weights[destination == group].sum()
+    return weights, destination
+
+
+@pytest.mark.parametrize("name", ["mean", "attention"])
+def test_key_weights_that_need_no_curvature(name):
+    layer, view = make_view()
+    options = method(key_weights=name)
+    pairs = chosen_pairs(options, view)
+    mass = (attention_mass(view) / exposure(view))[0, 0]
+    share, destination = share_of(view, pairs, torch.ones(24).double() if name == "mean" else mass)
+    before = view.unrotate(view.keys)[0, 0]
+    storage = execute(options.carry_out(view, pairs), view, layer.storage, "original")
+    merged = torch.zeros(24, 16).double().index_add_(0, destination, share[:, None] * before)[destination.unique()]
+    kept = storage.rows("position", 0)[None].long()
+    assert_close("keys", merged, view.rope.rotate(storage.rows("keys", 0)[None], -kept)[0], 1e-9)
+    assert int(storage.rows("cardinality", 0).sum()) == int(view.cardinality[0, 0].sum())
+
+
+@pytest.mark.parametrize("options", [{"key_weights": "attention"}, {"key_weights": "mean"}, {},
+                                     {"curvature": "output"}], ids=str)  # fmt: skip
+def test_symmetric_values_take_the_keys_weights_and_count_once(options):
+    _, view = make_view()
+    layer, view.cardinality = CompressedLayer(), torch.ones_like(view.cardinality)
+    layer.append(view.keys, view.values)
+    options = method(AsymKVSymmetric, **options)
+    pairs = chosen_pairs(options, view)
+    weight = options.key_weight(view, pairs, contract_pairs(pairs))
+    weight = torch.ones(1, 2, 24).double() if weight is None else weight.double()
+    if weight.dim() == 4:
+        weight = torch.stack([share_of(view, pairs, weight[0, 0, :, d])[0] for d in range(16)]).mean(0)[None, None]
+    share, destination = share_of(view, pairs, weight[0, 0])
+    values = view.values[0, 0].clone()
+    storage = execute(options.carry_out(view, pairs), view, layer.storage, "original")
+    merged = torch.zeros(24, 16).double().index_add_(0, destination, share[:, None] * values)[destination.unique()]
+    assert_close("values", merged, storage.rows("values", 0), 1e-6)
+    assert storage.rows("cardinality", 0).unique().tolist() == [1] and not storage.merged
+
+
+def test_symmetric_rows_remember_their_tokens_by_their_positions():
+    """Merged twice by cardinality, a row's key is still the mean of its tokens' keys, the attention's count aside."""
+    layer, view = make_view()
+    view.cardinality = torch.ones_like(view.cardinality)
+    before = view.unrotate(view.keys)[0, 0]
+    layer = CompressedLayer()
+    layer.append(view.keys, view.values)
+    for budget in (17, 10):
+        again = layer.view(view.rope, 0.25)
+        again.queries, again.query_positions = view.queries, view.query_positions
+        again.budget = torch.full_like(view.budget, budget)
+        layer.storage = execute(method(AsymKVSymmetric).plan(again), again, layer.storage, "original")
+    ends = layer.storage.rows("position", 0).long() + 1
+    starts = torch.nn.functional.pad(ends[:-1], (1, 0))
+    means = torch.stack([before[a:b].mean(0) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)])
+    assert len(ends) == 10 and (ends - starts).max() > 2
+    kept = layer.storage.rows("keys", 0)[None]
+    assert_close("keys", means, view.rope.rotate(kept, -(ends - 1)[None])[0], 1e-6)
 
 
 # -- selection ---------------------------------------------------------------------------------------------------

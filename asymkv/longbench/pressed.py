@@ -1,0 +1,177 @@
+"""Stock caches that a kvpress press has pruned or masked, and model calls that go on from them.
+
+A press works inside one prefill. What follows on its cache (a question, a gold answer, greedy decoding) needs two
+things that the cache's own length no longer tells: the tokens' true positions, and for each layer which rows are in
+view. A press may leave layers of different lengths, or leave every row where it is and only hide some of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+# From the prompt's length in tokens to a press, or None where nothing is to be removed.
+PressOf = Callable[[int], Any]
+
+
+class PressedCache(DynamicCache):
+    """A ``DynamicCache`` of one sequence, and what a press has made of it.
+
+    Attributes:
+        tokens_seen: tokens whose keys were computed; the next token's position, unless the press moved its keys.
+        next_position: position of the next token.
+        hidden: by layer, which of the first rows are out of view, bool ``[H_kv, n]``.
+        peak_rows: most rows that a head held.
+        peak_nbytes: most bytes of all layers together, at every append.
+        settled: whether the press is through.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens_seen = 0
+        self.next_position = 0
+        self.hidden: dict[int, Tensor] = {}
+        self.peak_rows = 0
+        self.peak_nbytes = 0
+        self.settled = False
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends to a layer, as in the base class, and takes note of the peak."""
+        out = super().update(*args, **kwargs)
+        self.peak_rows = max(self.peak_rows, *self.rows())
+        self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
+        return out
+
+    def rows(self) -> list[int]:
+        """Rows stored by layer; all heads of a layer hold as many."""
+        return [layer.keys.shape[2] if layer.is_initialized else 0 for layer in self.layers]
+
+    def rows_in_view(self) -> list[int]:
+        """Rows that attention sees, by layer and KV head."""
+        counts = []
+        for index, layer in enumerate(self.layers):
+            heads, rows = layer.keys.shape[1:3]
+            hidden = self.hidden[index].sum(1).tolist() if index in self.hidden else [0] * heads
+            counts += [rows - gone for gone in hidden]
+        return counts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers behind keys and values."""
+        buffers = [x for layer in self.layers if layer.is_initialized for x in (layer.keys, layer.values)]
+        return sum(x.untyped_storage().nbytes() for x in buffers)
+
+    def settle(self, model: nn.Module) -> None:
+        """Takes over what the press left on the model, and lets go of rows that only a view still holds."""
+        for index, (layer, attention) in enumerate(zip(self.layers, attentions(model), strict=True)):
+            layer.keys, layer.values = (_own(x) for x in (layer.keys, layer.values))
+            masked = getattr(attention, "masked_key_indices", None)
+            if masked is not None:
+                _, heads, rows = (torch.as_tensor(x, device=layer.keys.device) for x in masked)
+                hidden = torch.zeros(layer.keys.shape[1:3], dtype=torch.bool, device=layer.keys.device)
+                hidden[heads, rows] = True
+                self.hidden[index] = hidden
+        self.settled = True
+
+    def attention_mask(self, index: int, tokens: int, groups: int, dtype: torch.dtype) -> Tensor | None:
+        """What a layer adds to the logits of the next ``tokens``: 0, or the lowest number where a row is out of view.
+
+        Args:
+            index: of the layer.
+            tokens: queries, whose own rows are not in the cache yet.
+            groups: query heads per KV head.
+            dtype: of the logits.
+
+        Returns:
+            ``[1, 1 or H, tokens, rows + tokens]``, or None where everything is in view.
+        """
+        hidden, rows = self.hidden.get(index), self.rows()[index]
+        if tokens == 1 and hidden is None:
+            return None
+        device = self.layers[index].keys.device
+        closed = torch.ones(tokens, rows + tokens, dtype=torch.bool, device=device).triu(rows + 1)[None]
+        if hidden is not None:
+            padded = nn.functional.pad(hidden, (0, rows + tokens - hidden.shape[1]))
+            closed = closed | padded.repeat_interleave(groups, dim=0)[:, None]  # [H, tokens, rows + tokens]
+        return torch.zeros(closed.shape, dtype=dtype, device=device).masked_fill_(closed, torch.finfo(dtype).min)[None]
+
+
+def _own(x: Tensor) -> Tensor:
+    return x if x.untyped_storage().nbytes() == x.numel() * x.element_size() else x.clone()
+
+
+def attentions(model: nn.Module) -> list[nn.Module]:
+    """The attention modules, by layer."""
+    return [layer.self_attn for layer in model.model.layers]
+
+
+@contextlib.contextmanager
+def pressed(model: PreTrainedModel, press_of: PressOf) -> Iterator[PreTrainedModel]:
+    """Within the block a call without a cache fills a ``PressedCache`` and presses it; a call with one goes on from it.
+
+    Args:
+        model: a causal LM; its class stays as it is.
+        press_of: makes the press of one prompt.
+    """
+    plain, own = model.forward, model.__dict__.get("forward")
+
+    def forward(input_ids: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
+        tokens = input_ids.shape[1]
+        if past_key_values is None:
+            cache = PressedCache()
+            with _pressing(model, press_of(tokens), input_ids, cache):
+                out = plain(input_ids, past_key_values=cache, **kwargs)
+            return out
+        start = past_key_values.next_position
+        positions = torch.arange(start, start + tokens, device=input_ids.device)[None]
+        out = plain(input_ids, past_key_values=past_key_values, position_ids=positions, **kwargs)
+        past_key_values.tokens_seen += tokens
+        past_key_values.next_position += tokens
+        return out
+
+    hooks = [module.register_forward_pre_hook(_show_what_is_in_view, with_kwargs=True) for module in attentions(model)]
+    model.forward = forward
+    try:
+        yield model
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
+        for hook in hooks:
+            hook.remove()
+
+
+def _show_what_is_in_view(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Gives a layer the mask of its own rows: the model's mask is made for the first layer's length."""
+    cache, states = kwargs.get("past_key_values"), kwargs["hidden_states"]
+    if not isinstance(cache, PressedCache) or not cache.settled:
+        return None
+    groups = module.num_key_value_groups
+    mask = cache.attention_mask(module.layer_idx, states.shape[1], groups, states.dtype)
+    return args, {**kwargs, "attention_mask": mask}
+
+
+@contextlib.contextmanager
+def _pressing(model: PreTrainedModel, press: Any, input_ids: Tensor, cache: PressedCache) -> Iterator[None]:
+    """A prefill under a press, which may run the model again after it."""
+    context: Any = contextlib.nullcontext()
+    moves_keys = False
+    if press is not None:
+        from asymkv.longbench import presses
+
+        context, moves_keys = presses.pressing(model, press, input_ids), presses.moves_keys(press)
+    try:
+        with context:
+            yield
+        cache.settle(model)
+        cache.tokens_seen = input_ids.shape[1]
+        cache.next_position = max(cache.rows()) if moves_keys else cache.tokens_seen
+    finally:
+        # kvpress keeps them on the modules, and looks at them in every later call.
+        for attention in attentions(model):
+            attention.masked_key_indices = None

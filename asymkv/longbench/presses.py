@@ -1,0 +1,139 @@
+"""Builds and applies kvpress presses. Imports kvpress, which patches attention functions of the whole process.
+
+Only the worker of ``asymkv.longbench.peers`` imports this module, in kvpress's own environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import kvpress
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from asymkv.longbench.press_arms import PressError, PressSpec
+
+# Presses that are more than one call around a prefill.
+REFUSED = {
+    "CAMPress": "it works on generated tokens",
+    "ComposedPress": "it has several ratios",
+    "CompressionRatioDecodingPress": "it works on generated tokens",
+    "DMSPress": "it has a threshold instead of a ratio",
+    "DecodingPress": "it works on generated tokens",
+    "DuoAttentionPress": "its ratio is one of heads",
+    "FinchPress": "it wants a delimiter token in the prompt",
+    "PerLayerCompressionPress": "it has several ratios",
+    "PrefillDecodingPress": "it works on generated tokens",
+    "RestoreKVPress": "it adds rows of a trained adapter",
+    "ThinKPress": "it removes channels and stores as much as before",
+}
+RATIO, BASE = "compression_ratio", "press"
+
+# KVzip warns at every construction that it takes long.
+logging.getLogger("kvpress").setLevel(logging.ERROR)
+
+
+def available() -> list[str]:
+    """Names of the presses that can be arms."""
+    bases = {"BasePress", "ScorerPress"}
+    classes = {name: getattr(kvpress, name) for name in kvpress.__all__}
+    presses = {name for name, cls in classes.items() if isinstance(cls, type) and issubclass(cls, kvpress.BasePress)}
+    return sorted(presses - bases - REFUSED.keys())
+
+
+def build(spec: PressSpec, compression_ratio: float = 0.0) -> kvpress.BasePress:
+    """Makes a press.
+
+    Args:
+        spec: class, arguments, and the press that it wraps.
+        compression_ratio: share of rows to remove.
+
+    Raises:
+        PressError: for an unknown press or argument; lists those that there are.
+    """
+    press = _construct(spec)
+    press.compression_ratio = compression_ratio
+    return press
+
+
+def _construct(spec: PressSpec) -> kvpress.BasePress:
+    if spec.name in REFUSED:
+        raise PressError(f"{spec.name} cannot be an arm: {REFUSED[spec.name]}; available: {', '.join(available())}")
+    if spec.name not in available():
+        raise PressError(f"kvpress has no press {spec.name!r}; available: {', '.join(available())}")
+    cls = getattr(kvpress, spec.name)
+    known = inspect.signature(cls).parameters
+    allowed = sorted(known.keys() - {RATIO, BASE})
+    unknown = sorted(spec.arguments.keys() - set(allowed))
+    if unknown:
+        raise PressError(f"{spec.name} has no arguments {unknown}; it has {allowed} (the ratio is the arm's)")
+    if (BASE in known) != (spec.base is not None):
+        wanted = f"wraps a press: base: {{press: SnapKVPress}}, or {spec.name}(SnapKVPress)"
+        raise PressError(f"{spec.name} {wanted if BASE in known else 'wraps no other press'}")
+    base = {} if spec.base is None else {BASE: _construct(spec.base)}
+    try:
+        return cls(**base, **spec.arguments)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise PressError(f"{spec.label}: {error}") from error
+
+
+def moves_keys(press: Any) -> bool:
+    """Whether the kept keys are rotated to the positions 0, 1, ..., so that the next token follows on them."""
+    return isinstance(press, kvpress.KeyRerotationPress)
+
+
+@contextlib.contextmanager
+def pressing(model: PreTrainedModel, press: Any, input_ids: Tensor) -> Iterator[None]:
+    """One prefill of ``input_ids`` under a press.
+
+    Raises:
+        PressError: for anything that goes wrong inside, with the press's name.
+    """
+    try:
+        with _attention(model, "eager" if _reads_attention(press) else None), press(model):
+            if hasattr(press, "prefix_length") and not _starts_with_chat_header(model, input_ids):
+                # KVzip gives the chat header no score. Of a prompt without one it would evict the first words.
+                press.prefix_length = 0
+            yield
+    except Exception as error:
+        raise PressError(f"{type(press).__name__}: {type(error).__name__}: {error}") from error
+
+
+def _reads_attention(press: Any) -> bool:
+    inner = getattr(press, BASE, None)
+    return isinstance(press, kvpress.ObservedAttentionPress) or (inner is not None and _reads_attention(inner))
+
+
+@contextlib.contextmanager
+def _attention(model: PreTrainedModel, name: str | None) -> Iterator[None]:
+    """The model with another attention implementation."""
+    before = model.config._attn_implementation
+    if name is not None:
+        model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        if name is not None:
+            model.set_attn_implementation(before)
+
+
+def _starts_with_chat_header(model: PreTrainedModel, input_ids: Tensor) -> bool:
+    header = _chat_header(model.config.name_or_path)
+    return input_ids[0, : len(header)].tolist() == list(header)
+
+
+@functools.cache
+def _chat_header(path: str) -> tuple[int, ...]:
+    """Ids of what the chat template puts before the user's text."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.chat_template is None:
+        return ()
+    text = "some words"
+    turn = [{"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    return tuple(tokenizer.encode(rendered.split(text)[0], add_special_tokens=False))
