@@ -11,7 +11,7 @@ Eight GPUs (nccl), LongBench's own rows and prompts; without a GPU the same comm
 
 RULER at 4k and 8k tokens, and SQuAD from a folder with its files (the hub without ``--data-dir``):
 
-    python scripts/pred.py --model smollm2 --datasets ruler,squad --data-dir DIR --method full,asymkv --ratio 0.25 \
+    python scripts/pred.py --model smollm2 --datasets ruler,squad --data-dir DIR --method full,asymkv --ratio 0.25 \\
         --options '{"ruler": {"lengths": [4096, 7500], "rows": 20}}' --out runs/ruler
 
 Two nodes of eight GPUs, on each of them; OUT is a folder that both see:

@@ -12,6 +12,7 @@ import asymkv
 from asymkv.longbench import arms, data, models, prompts, retention, runner, suites
 from asymkv.longbench import measure as single
 from asymkv.longbench.measure import Protocol, measure
+from asymkv.longbench.press_arms import PressArm
 from asymkv.longbench.suites import scbench
 
 ROW = {
@@ -159,6 +160,16 @@ def test_a_conversation_on_a_full_cache_is_one_text(earlier: str, subject, tmp_p
         assert record["turns"][number]["nll"] == pytest.approx(expected, rel=1e-4)
         assert record["pred"][number] == tokenizer.decode(said, skip_special_tokens=True)
         spoken.append(f" {turn['answers'][0]}" if earlier == "gold" else tokenizer.decode(said))
+
+
+@pytest.mark.parametrize(("mode", "earlier"), [("shared", "gold"), ("multi_turn", "gold"), ("multi_turn", "model")])
+def test_the_stock_cache_of_a_press_says_the_same_as_ours(mode: str, earlier: str, subject, tmp_path) -> None:
+    row = load(tmp_path, mode=mode, earlier=earlier)
+    task, stock = data.load_tasks(["scbench_kv"])["scbench_kv"], PressArm("full")
+    with stock.applied(subject.model):
+        found = measure(subject, stock, task, row, Protocol("context", max_new_tokens=5))
+    ours = run(subject, row, "full")
+    assert found["pred"] == ours["pred"] and found["nll"] == pytest.approx(ours["nll"], rel=1e-4)
 
 
 def test_later_turns_are_compressed_too(subject, tmp_path) -> None:
