@@ -113,6 +113,19 @@ def test_the_report_says_what_was_run(finished):
     assert "| merge | window | 0.5 |" in text
 
 
+def test_planted_facts_are_generated_at_any_length(folder, tmp_path):
+    options = {"ruler": {"lengths": [700, 1000], "rows": 1, "haystack": "noise"}}
+    tasks = ["--sample", "all", "--tasks", "ruler_niah_multikey", "--options", json.dumps(options)]
+    run(folder, tmp_path, *tasks, "--arms", "window")
+    rows = read_records(tmp_path)
+    asked = {(arm, length) for arm in ("none", "full", "window") for length in (700, 1000)}
+    assert {(r["arm"], r["target_len"]) for r in rows} == asked
+    assert all("found" in r and "depth" in r and not r["removed_tokens"] for r in rows)
+    assert (tmp_path / "needles.png").exists()
+    with pytest.raises(ValueError, match="ids_sha256 differ"):
+        run(folder, tmp_path, *tasks[:-1], json.dumps({"ruler": {**options["ruler"], "seed": 1}}), "--arms", "window")
+
+
 def test_a_finished_run_measures_nothing_again(folder, finished, monkeypatch):
     before = (finished / "records-0of1.jsonl").read_bytes()
     monkeypatch.setattr(fidelity, "measure", None)

@@ -44,6 +44,37 @@ def test_an_empty_prediction_scores_zero(tmp_path: Path) -> None:
     assert set(predictions.score_folder(tmp_path)["scores"].values()) == {0.0}
 
 
+SQUAD = {"pred": "the cat", "answers": ["cat"], "is_impossible": False, "length": 5000}
+NUMBER = {"pred": "12", "answers": ["12"], "task": "scbench_passkey"}
+
+
+def test_datasets_of_suites_are_scored_as_in_a_run(tmp_path: Path) -> None:
+    write_rows(tmp_path / "squad.jsonl", [SQUAD, {**SQUAD, "pred": "a dog", "length": 10}])
+    write_rows(tmp_path / "scbench_summary_with_needles.jsonl", [{"turns": [NUMBER, {**NUMBER, "pred": "no"}]}])
+    found = predictions.score_folder(tmp_path)
+    assert found["scores"] == {"scbench_summary_with_needles": 50.0, "squad": 50.0}
+    assert found["details"]["scbench_summary_with_needles"]["turn 2"] == 0.0
+    (tmp_path / "scbench_summary_with_needles.jsonl").unlink()
+    buckets = predictions.score_folder(tmp_path, by_length=True)["scores_e"]["squad"]
+    assert (buckets["0-4k"], buckets["4-8k"]) == (0.0, 100.0) and math.isnan(buckets["8k+"])
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("squad", {**SQUAD, "is_impossible": None}, r"squad.jsonl:1: a prediction lacks is_impossible"),
+        ("squad", {**SQUAD, "answers": []}, r"squad.jsonl:1: field 'answers' is empty"),
+        ("scbench_kv", {"turns": []}, r"kv.jsonl:1: field 'turns' must be a list of objects, found list \[\]"),
+        ("scbench_kv", {"turns": [NUMBER, {**NUMBER, "pred": 1}]}, r"kv.jsonl:1, turn 2: field 'pred' must be a str"),
+        ("scbench_kv", {"turns": [{"pred": "1"}]}, r"kv.jsonl:1, turn 1: a prediction lacks answers"),
+    ],
+)
+def test_bad_predictions_of_suites_are_placed(task: str, row: dict, message: str, tmp_path: Path) -> None:
+    write_rows(tmp_path / f"{task}.jsonl", [row])
+    with pytest.raises(ValueError, match=message):
+        predictions.score_folder(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("task", "change", "message"),
     [

@@ -14,6 +14,7 @@ from longbench_files import METHODS, PROTOCOL, TASK, load_script, pred_arguments
 from asymkv.longbench import arms, data, models, runner
 from asymkv.longbench.jsonl import NotFiniteError
 from asymkv.longbench.measure import Protocol, greedy, measure
+from asymkv.longbench.press_runs import run_presses
 from asymkv.longbench.records import RecordFolder
 
 
@@ -59,6 +60,15 @@ def test_an_arm_of_another_model_or_other_rows_does_not_join_a_folder(inputs: Pa
     other = dataclasses.replace(subject, spec=dataclasses.replace(subject.spec, path="other", max_length=400))
     with pytest.raises(ValueError, match=r"full holds results of other settings: max_length, model differ"):
         runner.run(make_work(inputs, methods=("streaming_llm",)), other, tmp_path, ALONE)
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_a_worker_with_other_rows_is_refused_before_it_measures(inputs: Path, subject, tmp_path: Path) -> None:
+    runner.run(make_work(inputs, methods=("full",)), subject, tmp_path, ALONE)
+    work = make_work(inputs, methods=("full", "kvpress:KnormPress"))
+    work.rows[TASK].pop()
+    with pytest.raises(ValueError, match=rf"full holds results of other settings: rows\.{TASK} differ"):
+        run_presses(work, subject, tmp_path, ALONE)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_press_arms import KeepLast
 
 import asymkv
 from asymkv.longbench import arms, data, models, prompts, retention, runner, suites
 from asymkv.longbench import measure as single
+from asymkv.longbench.checks import check_asked
 from asymkv.longbench.measure import Protocol, measure
-from asymkv.longbench.press_arms import PressArm
+from asymkv.longbench.press_arms import PressArm, PressSpec
 from asymkv.longbench.suites import scbench
 
 ROW = {
@@ -126,6 +131,7 @@ def test_a_record_has_an_answer_and_a_loss_per_question(method, mode, protocol, 
     assert record["gold_tokens"] == sum(turn["gold_tokens"] for turn in record["turns"]) > 3
     if method == "streaming_llm":
         assert record["kept_ratio"] == pytest.approx(0.3, abs=0.01)
+    assert record["peak_rss_bytes"] > 1e7 and record["peak_rss_increase_bytes"] >= 0
     json.dumps(record)
 
 
@@ -170,6 +176,52 @@ def test_the_stock_cache_of_a_press_says_the_same_as_ours(mode: str, earlier: st
         found = measure(subject, stock, task, row, Protocol("context", max_new_tokens=5))
     ours = run(subject, row, "full")
     assert found["pred"] == ours["pred"] and found["nll"] == pytest.approx(ours["nll"], rel=1e-4)
+
+
+@pytest.fixture
+def press(monkeypatch) -> PressArm:
+    """An arm that keeps the last 30 % of a prompt, applied as the worker applies presses of kvpress."""
+    fake = SimpleNamespace(pressing=lambda model, press, ids: press(model), moves_keys=lambda press: False)
+    monkeypatch.setitem(sys.modules, "asymkv.longbench.presses", fake)
+    monkeypatch.setattr("asymkv.longbench.presses", fake, raising=False)
+    monkeypatch.setattr(PressArm, "_build", lambda self, tokens: KeepLast(*[int(0.3 * tokens)] * 2))
+    return PressArm("kvpress_Last", PressSpec("Last"), 0.3)
+
+
+def test_a_press_answers_questions_apart(subject, press, tmp_path) -> None:
+    row, task = load(tmp_path, mode="shared"), data.load_tasks(["scbench_kv"])["scbench_kv"]
+    with press.applied(subject.model):
+        together = measure(subject, press, task, row, Protocol("context", max_new_tokens=5))
+        for number, turn in enumerate(row["turns"]):
+            alone = measure(subject, press, task, {**row, "turns": [turn]}, Protocol("context", max_new_tokens=5))
+            assert alone["pred"] == together["pred"][number : number + 1]
+            assert alone["nll"] == pytest.approx(together["turns"][number]["nll"], abs=1e-6)
+    assert together["kept_ratio"] == pytest.approx(0.3, abs=0.01) and len(together["pred"]) == 3
+
+
+def test_a_press_is_refused_a_conversation(subject, press, tmp_path) -> None:
+    row, tasks = load(tmp_path), data.load_tasks(["scbench_kv"])
+    message = "kvpress_Last compresses one prompt and leaves what follows .* of scbench_kv with option mode 'shared'"
+    with press.applied(subject.model), pytest.raises(arms.ArmError, match=message):
+        measure(subject, press, tasks["scbench_kv"], row, Protocol("context"))
+    with pytest.raises(arms.ArmError, match=message):
+        check_asked([*arms.make_arms(["full"]), press], tasks, {"scbench_kv": [row]}, subject, Protocol("context"))
+    check_asked([press], tasks, {"scbench_kv": [load(tmp_path, mode="shared")]}, subject, Protocol("context"))
+
+
+@pytest.mark.parametrize(
+    ("options", "protocol", "message"),
+    [
+        ({"mode": "shared"}, Protocol("prompt"), "scbench_kv: mode 'shared' .* found prompt"),
+        ({"earlier": "model"}, Protocol("context", generate=False), "so they must be generated"),
+        ({"earlier": "model"}, Protocol("context", max_new_tokens=800), "the questions of row '.*' leave no room"),
+    ],
+)
+def test_what_would_stop_a_run_later_is_found_first(options, protocol, message, subject, tmp_path) -> None:
+    row, tasks = load(tmp_path, **options), data.load_tasks(["scbench_kv"])
+    tasks["scbench_kv"] = dataclasses.replace(tasks["scbench_kv"], max_new_tokens=800)
+    with pytest.raises(ValueError, match=message):
+        check_asked(arms.make_arms(["full"]), tasks, {"scbench_kv": [row]}, subject, protocol)
 
 
 def test_later_turns_are_compressed_too(subject, tmp_path) -> None:

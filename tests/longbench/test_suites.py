@@ -154,6 +154,22 @@ def test_bad_squad_records_are_placed(table: object, message: str, tmp_path: Pat
         data.load_rows("squad", data_dir=tmp_path)
 
 
+def test_rows_of_suites_are_checked_as_those_of_longbench(tmp_path: Path) -> None:
+    hub = {"id": "q1", "context": "c", "question": "?", "answers": {"text": ["a"]}}
+    write_lines(tmp_path / "squad.jsonl", [hub, {**hub, "question": "??"}])
+    with pytest.raises(ValueError, match="squad, row 1: field '_id' repeats 'q1' of squad, row 0, with another input"):
+        data.load_rows("squad", data_dir=tmp_path)
+    write_lines(tmp_path / "squad.jsonl", [{**hub, "answers": {"text": ["a", 1]}}])
+    with pytest.raises(ValueError, match="squad, row 0: field 'answers' must be a list of strings"):
+        data.load_rows("squad", data_dir=tmp_path)
+    (tmp_path / "squad.jsonl").write_bytes(b"\n")
+    with pytest.raises(ValueError, match="squad has no rows in"):
+        data.load_rows("squad", data_dir=tmp_path)
+    (tmp_path / "squad.jsonl").write_bytes(b'{"id": "\xff"}\n')
+    with pytest.raises(ValueError, match="squad.jsonl:1 is not UTF-8"):
+        data.load_rows("squad", data_dir=tmp_path)
+
+
 def test_files_that_are_no_json_or_absent_are_named(tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("x", encoding="utf-8")
     with pytest.raises(FileNotFoundError, match="has none of dev-v1.1.json, .*it holds: other.txt"):
