@@ -190,4 +190,9 @@ def conflicts(old: Record, new: Record) -> Iterator[str]:
         if old[name] is not None and new[name] is not None and old[name] != new[name]:
             yield name
     arms, others = old.get("arms", {}), new.get("arms", {})
-    yield from (f"arms.{name}" for name in arms.keys() & others.keys() if arms[name] != others[name])
+    yield from (f"arms.{name}" for name in arms.keys() & others.keys() if _said(arms[name]) != _said(others[name]))
+
+
+def _said(arm: Record) -> Record:
+    """An arm's settings without those left open: a later version may know more of them."""
+    return {name: value for name, value in arm.items() if value is not None}

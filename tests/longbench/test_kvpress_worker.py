@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import byte_tokenizer
+from filelock import FileLock
 from tiny_models import tiny_model
 
 from asymkv.longbench import fidelity, peers, sample
@@ -49,8 +50,20 @@ def load_script(name):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model, two rows, a text, and an experiment of our settings beside the presses that they copy."""
-    root = tmp_path_factory.mktemp("peers")
+    """A tiny model, two rows, a text, and an experiment of our settings beside the presses that they copy.
+
+    The processes of pytest-xdist share one folder: kvpress takes many seconds to import.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "peers"
+    with FileLock(f"{root}.lock"):
+        if not root.exists():
+            fill(root)
+    return root
+
+
+def fill(root):
+    root.mkdir()
     tokenizer = byte_tokenizer()
     tiny_model(vocab_size=len(tokenizer)).save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
@@ -74,7 +87,6 @@ def folder(tmp_path_factory):
     theirs = [{"name": f"kvpress_{name}", **press} for name, press in PRESSES.items()]
     write(root / "ours.yaml", {**base, "name": "ours", "arms": [full, *ours]})
     write(root / "theirs.yaml", {**base, "name": "theirs", "arms": [full, *theirs]})
-    return root
 
 
 def settings_of(name):
@@ -99,27 +111,23 @@ def read(out, kind="row"):
 
 
 @pytest.fixture(scope="module")
-def first(folder):
-    """A run of some arms on one row: what a later run finds done."""
+def finished(folder):
+    """A run of some arms on one row, whose presses' records are kept beside it, and the whole run after it."""
     out = folder / "out"
-    with pytest.MonkeyPatch.context() as patch:
+    with FileLock(f"{out}.lock"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(peers, "check", lambda specs: None)
-        run(folder, out, "--max-rows", "1", "--arms", "snapkv", "kvpress_tova")
-    return (out / "records-kvpress-0of1.jsonl").read_bytes()
-
-
-@pytest.fixture(scope="module")
-def finished(folder, first):
-    """The whole run, into the same folder."""
-    out = folder / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peers, "check", lambda specs: None)
-        run(folder, out)
+        if not (out / "whole").exists():
+            run(folder, out, "--max-rows", "1", "--arms", "snapkv", "kvpress_tova")
+            (out / "earlier").write_bytes((out / "records-kvpress-0of1.jsonl").read_bytes())
+            run(folder, out)
+            (out / "whole").touch()
     return out
 
 
-def test_a_later_run_measures_what_is_missing(first, finished):
-    assert (finished / "records-kvpress-0of1.jsonl").read_bytes().startswith(first)
+def test_a_later_run_measures_what_is_missing(finished):
+    earlier = (finished / "earlier").read_bytes()
+    assert {json.loads(line)["arm"] for line in earlier.splitlines()} == {"kvpress_tova"}
+    assert (finished / "records-kvpress-0of1.jsonl").read_bytes().startswith(earlier)
     rows = read(finished)
     cells = 2 * (len(OURS) + len(PRESSES)) + 2  # with full and none
     assert len(rows) == 2 * cells and len(read(finished, "window")) == cells - 1

@@ -1,0 +1,58 @@
+"""Record folders, shipped experiments, and how the standing sample is chosen."""
+
+import json
+
+import pytest
+
+from asymkv.longbench import fidelity, sample
+from asymkv.longbench.records import RecordFolder, Shard
+from asymkv.paths import config_root
+
+
+def test_arms_may_be_added_but_not_changed(tmp_path):
+    folder = RecordFolder(tmp_path, fidelity.record_key)
+    folder.claim({"protocol": "context", "texts": None, "arms": {"a": {"window_size": 8}}}, {"date": "1"})
+    folder.claim({"protocol": "context", "texts": {"t": "0"}, "arms": {"b": {"window_size": 9}}}, {"date": "2"})
+    with pytest.raises(ValueError, match="arms.a"):
+        folder.claim({"arms": {"a": {"window_size": 9}}}, {"date": "3"})
+
+
+def test_a_setting_that_a_later_version_leaves_open_is_no_other_setting(tmp_path):
+    old = {"arms": {"merge": {"method": "asymkv", "chunk_size": None}}}
+    folder = RecordFolder(tmp_path, tuple)
+    folder.claim(old, {})
+    folder.claim({"arms": {"merge": {"method": "asymkv", "dimensions": None}}}, {})
+    with pytest.raises(ValueError, match="arms.merge differ"):
+        folder.claim({"arms": {"merge": {"method": "asymkv", "chunk_size": 64}}}, {})
+
+
+@pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2"])
+def test_bad_shards_raise(text):
+    with pytest.raises(ValueError, match="shard"):
+        Shard.parse(text)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (config_root() / "experiments").glob("*.yaml")))
+def test_the_shipped_experiments_and_their_sample_are_sound(name):
+    experiment = fidelity.load_experiment(name)
+    cells = {(cell.name, cell.ratio) for cell in experiment.cells()}
+    assert len(cells) == 1 + len(experiment.ratios) * (len(experiment.arms) - 1)
+    chosen = sample.read_sample(experiment.sample)
+    assert list(chosen.tasks) == list(sample.STANDING_TASKS)
+    assert {len(ids) for ids in chosen.tasks.values()} == {sample.ROWS_PER_TASK}
+
+
+def test_standing_sample_spreads_depth_and_takes_one_row_per_context(tmp_path):
+    def row(name, context, answer, **extra):
+        return {"_id": name, "context": context, "input": "q", "answers": [answer], **extra}
+
+    depths, lengths = (0.1, 0.5, 0.9), (10, 20, 900)
+    rows = [row(f"{d}-{n}", "x" * n + str(d), "a", depth=d) for d in depths for n in lengths]
+    twins = [row(f"t{i}", "same" * (i // 2 + 1), "a" * i) for i in range(1, 7)]
+    for task, table in {"needle": rows, "qa": twins}.items():
+        (tmp_path / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table), encoding="utf-8")
+    chosen = sample.select_standing_sample(
+        tmp_path, len, tasks=("needle", "qa"), rows_per_task=3, max_prompt_tokens=100
+    )["tasks"]
+    assert chosen["needle"] == ["0.1-10", "0.5-20", "0.9-10"]
+    assert chosen["qa"] == ["t1", "t5", "t6"]
