@@ -230,6 +230,8 @@ def markdown(report: Mapping[str, Any], arms: Sequence[ArmRun]) -> str:
         "R is context retention, (NLL_none - NLL) / (NLL_none - NLL_full) of the gold answer: 1 = the full cache,",
         "0 = no context at all; the interval is a bootstrap over rows. MB and share are of the cache after the prompt.",
     ]
+    if "in view" in header:
+        lines += ["In view: the share of the prompt's rows that attention still sees; hidden rows count as stored."]
     return "\n".join(lines) + "\n"
 
 
