@@ -293,6 +293,8 @@ def markdown(report: Mapping[str, Any], arms: Sequence[ArmRun]) -> str:
             "0 = no context at all; the interval is a bootstrap over rows. MB and share are of the cache after the\n"
             "prompt."
         )
+    if "in view" in table_rows(report)[0]:
+        parts.append("In view: the share of the prompt's rows that attention still sees; hidden rows count as stored.")
     header, cells = bucket_rows(report)
     if cells:
         parts += ["## By length in words (LongBench-E)", _table(header, cells)]
