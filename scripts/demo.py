@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         args.protocol,
         "--dtype",
         args.dtype,
-        "--embedded",
+        "--options",
         json.dumps(SIZES),
         "--out",
         out,

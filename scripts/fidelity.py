@@ -7,7 +7,8 @@ One process, the standing sample (rows as LongBench jsonl, one file a task)::
 
 Two processes into the same folder: add ``--shard 0/2`` to one and ``--shard 1/2`` to the other. A killed run goes on
 where it stopped when started again. ``--report-only`` rebuilds the tables. A smoke run: ``--max-rows 1 --arms h2o``.
-Every planted fact at every depth and length: ``--sample all --tasks needle``.
+Every planted fact at every depth and length: ``--sample all --tasks needle``; one fact among others, lengths in tokens:
+``--sample all --tasks ruler_niah_multikey --options '{"ruler": {"lengths": [2048, 4096], "rows": 10}}'``.
 
 Several experiments over the same rows and several models make one table: ``--experiment methods peers --model smollm2
 FOLDER``; each model has a subfolder of its own then. Presses of kvpress (``configs/experiments/peers.yaml``) are
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from asymkv.longbench import fidelity, models, peers, runner
+from asymkv.longbench import fidelity, models, peers, runner, suites
 from asymkv.longbench.data import Row, Task, load_tasks
 from asymkv.longbench.fidelity_joint import write_joint_report
 from asymkv.longbench.fidelity_report import write_report
@@ -52,6 +53,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--longbench-config", type=Path, help="config/ folder of a LongBench checkout (prompts and answer lengths)")
     add("--sample", help="sample file instead of the experiment's, or 'all' for every row of --tasks")
     add("--tasks", nargs="+", help="only these tasks")
+    add("--options", type=suites.parse_options, default={}, metavar="JSON", help="settings of rows, as scripts/pred.py")
     add("--max-rows", type=int, help="only the first so many rows of each task; 0 = texts only")
     add("--texts", type=Path, help="folder of .txt files for perplexity and KL divergence")
     # how it is run
@@ -105,8 +107,9 @@ class Inputs(NamedTuple):
 
 def load(args: argparse.Namespace, spec: models.ModelSpec, experiment: fidelity.Experiment) -> Inputs:
     """Reads rows, prompts and texts, and loads the model."""
-    sample = pick_sample(args.sample or experiment.sample, args.tasks, args.data_dir)
-    rows = load_sample(sample, args.data_dir, max_rows=args.max_rows)
+    made = {"options": args.options, "reader": suites.Reader(spec)}
+    sample = pick_sample(args.sample or experiment.sample, args.tasks, args.data_dir, **made)
+    rows = load_sample(sample, args.data_dir, max_rows=args.max_rows, **made)
     tasks = load_tasks(sample.tasks, args.longbench_config)
     texts = fidelity.read_texts(args.texts) if args.texts else None
     limit = min(spec.max_length, sample.max_prompt_tokens or spec.max_length)

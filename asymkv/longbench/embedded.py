@@ -33,6 +33,7 @@ MAX_SENTENCE_WORDS = 60
 MAX_SYMBOL_SHARE = 0.06
 MIN_TARGET_CHARS, MAX_TARGET_CHARS = 16, 90
 MIN_FILE_LINES = 120
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def build_rows(dataset: str, **options: Any) -> list[Row]:
@@ -71,12 +72,12 @@ def needle(
 
 def _needle_row(rng: random.Random, words: int, depth: float) -> Row:
     city, code = rng.choice(CITIES), str(rng.randrange(10_000, 100_000))
-    sentences = _take_words(_sentences(rng), words)
-    starts = [0, *itertools.accumulate(len(sentence.split()) for sentence in sentences)]
+    taken = _take_words(sentences(rng), words)
+    starts = [0, *itertools.accumulate(len(sentence.split()) for sentence in taken)]
     place = min(range(len(starts)), key=lambda index: abs(starts[index] - depth * starts[-1]))
-    sentences.insert(place, f"The special access code for {city} is {code}.")
+    taken.insert(place, f"The special access code for {city} is {code}.")
     question = f"What is the special access code for {city}?"
-    row = _row("needle", question, " ".join(sentences), [code])
+    row = _row("needle", question, " ".join(taken), [code])
     return {**row, "depth": depth, "target_len": words}
 
 
@@ -94,7 +95,7 @@ def passage_retrieval(*, samples: int = 30, passages: int = 12, passage_words: i
 
 
 def _passage_row(rng: random.Random, passages: int, words: int) -> Row:
-    stream = _sentences(rng)
+    stream = sentences(rng)
     texts = []
     for _ in range(passages):
         taken = _take_words(stream, words)
@@ -180,7 +181,7 @@ def _is_prose(block: str) -> bool:
     return len(block.split()) >= MIN_PARAGRAPH_WORDS and symbols <= MAX_SYMBOL_SHARE * len(block)
 
 
-def _sentences(rng: random.Random) -> list[str]:
+def sentences(rng: random.Random) -> list[str]:
     """All sentences of the prose; paragraphs in random order, sentences in theirs."""
     paragraphs = list(_paragraphs())
     rng.shuffle(paragraphs)
@@ -211,5 +212,5 @@ def _row(dataset: str, question: str, context: str, answers: list[str]) -> Row:
         "language": "en",
         "all_classes": None,
         "_id": sha256("\n".join([dataset, question, context, *answers]).encode("utf-8"))[:48],
-        "source": f"Python {sys.version_info.major}.{sys.version_info.minor}",
+        "source": f"Python {PYTHON}",
     }

@@ -355,7 +355,7 @@ def run_settings(
         "dtype": str(subject.model.dtype).removeprefix("torch."),
         "protocol": protocol,
         "ids_sha256": sample.sha256,
-        "prompts": {n: files.sha256(f"{t.template}\n{t.max_new_tokens}".encode()) for n, t in tasks.items()},
+        "prompts": {name: task.sha256 for name, task in tasks.items()},
         "texts": texts and texts_sha256(texts),
         "windows": texts and dataclasses.asdict(experiment.texts),
         "arms": arms,

@@ -66,7 +66,7 @@ class Protocol:
 
 @torch.no_grad()
 def measure(subject: Subject, arm: BaseArm, task: Task, row: Row, protocol: Protocol) -> Record:
-    """Runs one row and returns its record, all plain json types.
+    """Runs one row and returns its record, all plain json types; a row of several questions has them in ``turns``.
 
     Times are seconds of prefill, of the rest of the prompt and of decoding. ``peak_rss_bytes`` (and
     ``device_peak_bytes`` on accelerators) is the most that the process held in this row, the model included, and
@@ -75,11 +75,18 @@ def measure(subject: Subject, arm: BaseArm, task: Task, row: Row, protocol: Prot
     Raises:
         StoredTooMuchError: if the cache holds more than the arm allows.
     """
-    prompt = build_prompt(row, task.dataset, task.template, subject.tokenizer, subject.spec)
+    if "turns" in row:
+        from asymkv.longbench.turns import measure_turns
+
+        return measure_turns(subject, arm, task, row, protocol)
+    prompt = build_prompt(
+        row, task.dataset, task.template, subject.tokenizer, subject.spec,
+        raw=task.raw, answer_prefix=task.answer_prefix,
+    )  # fmt: skip
     prompt = prompt.without_context() if arm.bare else prompt
     first, rest = retention.split_prompt(prompt, protocol.name)
     host, accelerators = HostMemory(), DeviceMemory(*devices_of(subject.model))
-    clock = _Clock(subject.model)
+    clock = Clock(subject.model)
     prefix = retention.compress(subject.model, first)
     seconds = clock.lap()
     arm.check(prefix.cache, len(first), 0)
@@ -88,15 +95,15 @@ def measure(subject: Subject, arm: BaseArm, task: Task, row: Row, protocol: Prot
         "length": row.get("length"), "prompt_tokens": len(first), "question_tokens": len(rest),
         "removed_tokens": prompt.removed_tokens, "prefill_seconds": seconds,
     }  # fmt: skip
-    record |= {key: row[key] for key in ("depth", "target_len") if key in row}
+    record |= {key: row[key] for key in ("depth", "target_len", *task.record_fields) if key in row}
     record |= arm.stored(prefix.cache, subject.model)
-    record |= _gold_loss(subject, prompt, prefix, rest, row["answers"], protocol)
+    record |= _gold_loss(subject, prompt, prefix, rest, task.gold(row["answers"]), protocol)
     if protocol.generate:
         record |= _answer(subject, arm, task, prefix, len(first), rest, protocol)
     return record | host.result() | accelerators.result()
 
 
-class _Clock:
+class Clock:
     """Wall time between laps, with the queues of the model's devices emptied."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -138,11 +145,11 @@ def _answer(
     """Feeds what is left of the prompt and decodes greedily, on the prefix's own cache (its last use)."""
     limit = min(task.max_new_tokens, protocol.max_new_tokens or task.max_new_tokens)
     stops = subject.stop_ids
-    not_empty = task.dataset.removesuffix("_e") in NEWLINE_STOP_TASKS
+    not_empty = task.newline_stop or task.dataset.removesuffix("_e") in NEWLINE_STOP_TASKS
     if not_empty:
         stops = stops | {subject.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]}
-    clock = _Clock(subject.model)
-    logits = _feed(subject.model, prefix.cache, rest) if rest else prefix.last_logits
+    clock = Clock(subject.model)
+    logits = feed(subject.model, prefix.cache, rest) if rest else prefix.last_logits
     question_seconds = clock.lap()
     said, fed = greedy(subject.model, prefix.cache, logits, limit, stops, not_empty=not_empty)
     seconds = clock.lap()
@@ -183,7 +190,7 @@ def greedy(
         logits = logits.index_fill(0, torch.tensor(sorted(stops), device=logits.device), -torch.inf)
     for step in range(limit):
         if step:
-            logits = _feed(model, cache, said[-1:])
+            logits = feed(model, cache, said[-1:])
         token = int(logits.argmax())
         if token in stops:
             return said, len(said)
@@ -191,7 +198,7 @@ def greedy(
     return said, max(len(said) - 1, 0)
 
 
-def _feed(model: PreTrainedModel, cache: Cache, ids: Sequence[int]) -> Tensor:
+def feed(model: PreTrainedModel, cache: Cache, ids: Sequence[int]) -> Tensor:
     """Logits ``[V]`` after ``ids``, which are appended to the cache."""
     batch = torch.tensor([list(ids)], device=input_device(model))
     return model(batch, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]

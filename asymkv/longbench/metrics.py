@@ -32,7 +32,7 @@ _CHINESE_PUNCTUATION_RUNS = (
 # The word for "paragraph" in passage_retrieval_zh's answers.
 PARAGRAPH_ZH = "\u6bb5\u843d"
 _PUNCTUATION = frozenset(string.punctuation)
-_PUNCTUATION_ZH = _PUNCTUATION.union(
+PUNCTUATION_ZH = _PUNCTUATION.union(
     *({chr(code) for code in range(first, last + 1)} for first, last in _CHINESE_PUNCTUATION_RUNS)
 )
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -49,7 +49,7 @@ def _optional(package: str) -> ModuleType:
         raise ImportError(f"this metric needs the {package} package: pip install asymkv[eval]") from error
 
 
-def _token_f1(prediction: Sequence[str], truth: Sequence[str]) -> float:
+def token_f1(prediction: Sequence[str], truth: Sequence[str]) -> float:
     """F1 over the multisets of tokens; 0 where they share none, two empty sides included."""
     same = sum((Counter(prediction) & Counter(truth)).values())
     if same == 0:
@@ -58,7 +58,7 @@ def _token_f1(prediction: Sequence[str], truth: Sequence[str]) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
     """Lowercase words without punctuation and articles."""
     bare = "".join(char for char in text.lower() if char not in _PUNCTUATION)
     return _ARTICLES.sub(" ", bare).split()
@@ -73,18 +73,18 @@ def _jieba_words(text: str) -> tuple[str, ...]:
 def _words_zh(text: str) -> list[str]:
     """Jieba's words, lowercase, without punctuation and white space; words of nothing else vanish."""
     words = (word.lower() for word in _jieba_words(text))
-    bare = ("".join(char for char in word if char not in _PUNCTUATION_ZH and not char.isspace()) for word in words)
+    bare = ("".join(char for char in word if char not in PUNCTUATION_ZH and not char.isspace()) for word in words)
     return [word for word in bare if word]
 
 
 def qa_f1_score(prediction: str, ground_truth: str, **kwargs: Any) -> float:
     """Token F1 of two English answers."""
-    return _token_f1(_words(prediction), _words(ground_truth))
+    return token_f1(words(prediction), words(ground_truth))
 
 
 def qa_f1_zh_score(prediction: str, ground_truth: str, **kwargs: Any) -> float:
     """Token F1 of two Chinese answers, over jieba's words."""
-    return _token_f1(_words_zh(prediction), _words_zh(ground_truth))
+    return token_f1(_words_zh(prediction), _words_zh(ground_truth))
 
 
 def rouge_score(prediction: str, ground_truth: str, **kwargs: Any) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from asymkv.longbench.models import ModelSpec
@@ -56,6 +56,9 @@ def build_prompt(
     template: str,
     tokenizer: PreTrainedTokenizerBase,
     spec: ModelSpec,
+    *,
+    raw: bool = False,
+    answer_prefix: str = "",
 ) -> Prompt:
     """Renders, truncates, wraps and tokenises one row.
 
@@ -65,6 +68,8 @@ def build_prompt(
         template: LongBench's prompt format for the task.
         tokenizer: the model's tokenizer.
         spec: the model's prompt limit and whether it is a chat model.
+        raw: no chat template whatever the dataset.
+        answer_prefix: format of the answer's first words, put behind the chat template (not counted by the limit).
     """
     check_fields(template, row, dataset)
     before, after = template.split(CONTEXT_FIELD)
@@ -73,10 +78,88 @@ def build_prompt(
     head, tail, removed = _truncate_middle(head, tail, tokenizer, spec.max_length)
     if removed:
         check_template_fits(template, dataset, tokenizer, spec)
-    chat = spec.chat_template and dataset.removesuffix("_e") not in RAW_TASKS
-    empty = {**row, "context": ""}
-    bare = _tokenise(before.format(**empty), after.format(**empty), tokenizer, chat)
-    return dataclasses.replace(_tokenise(head, tail, tokenizer, chat), removed_tokens=removed, bare=bare)
+    chat = spec.chat_template and not raw and dataset.removesuffix("_e") not in RAW_TASKS
+    empty, prefix = {**row, "context": ""}, answer_prefix.format(**row)
+    bare = _tokenise(before.format(**empty), after.format(**empty), tokenizer, chat, prefix)
+    return dataclasses.replace(_tokenise(head, tail, tokenizer, chat, prefix), removed_tokens=removed, bare=bare)
+
+
+def prompt_tokens(
+    row: Mapping[str, Any],
+    dataset: str,
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: ModelSpec,
+    *,
+    raw: bool = False,
+    answer_prefix: str = "",
+) -> int:
+    """Tokens that :func:`build_prompt` gives a row that is not cut."""
+    before, after = template.split(CONTEXT_FIELD)
+    chat = spec.chat_template and not raw and dataset.removesuffix("_e") not in RAW_TASKS
+    head = before.format(**row) + str(row["context"])
+    return len(_tokenise(head, after.format(**row), tokenizer, chat, answer_prefix.format(**row)).ids)
+
+
+def shared_prompts(
+    row: Mapping[str, Any],
+    questions: Sequence[str],
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: ModelSpec,
+    *,
+    raw: bool = False,
+    reserve: int = 0,
+) -> list[Prompt]:
+    """Prompts of several questions on one context: all have the same ``context_ids``.
+
+    A context that is too long is cut in the middle once, so that it fits with the longest of the questions.
+
+    Args:
+        row: its ``input`` is replaced by each question.
+        questions: the questions.
+        template: prompt format.
+        tokenizer: the model's tokenizer.
+        spec: the model's prompt limit and whether it is a chat model.
+        raw: no chat template.
+        reserve: tokens of the limit to leave free for later turns.
+
+    Raises:
+        ValueError: if the questions alone do not fit.
+    """
+    before, after = template.split(CONTEXT_FIELD)
+    start = before.format(**row)
+    tails = [after.format(**{**row, "input": question}) for question in questions]
+    longest = max(tails, key=lambda tail: len(_encode(tail, tokenizer)))
+    limit = spec.max_length - reserve
+    if limit < 2 or len(_encode(start + longest, tokenizer)) > limit // 2:
+        raise ValueError(
+            f"the questions of one row leave no room for its context: prompt limit {spec.max_length} tokens, "
+            f"{reserve} of them for later turns"
+        )
+    head, _, removed = _truncate_middle(start + str(row["context"]), longest, tokenizer, limit)
+    cut = {**row, "context": head[len(start) :]}
+    # The limit is met; text that is tokenised anew may have a token more than its parts, and must not be cut again.
+    free = dataclasses.replace(spec, max_length=2 * spec.max_length)
+    found = [build_prompt({**cut, "input": q}, "", template, tokenizer, free, raw=raw) for q in questions]
+    return [dataclasses.replace(prompt, removed_tokens=removed) for prompt in found]
+
+
+def follow_up(question: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> Prompt:
+    """The next question of a conversation, as it follows the last token of an answer.
+
+    Args:
+        question: what the user says.
+        tokenizer: the model's tokenizer.
+        chat: whether the turns are those of its chat template; else empty lines are between them.
+    """
+    text = f"\n\n{question}"
+    if chat:
+        from asymkv.chat import chat_text
+
+        around = chat_text(tokenizer)
+        text = around.between + question + around.suffix
+    return Prompt([], _encode_continuation(text, tokenizer), text)
 
 
 def answer_ids(prompt: Prompt, answer: str, tokenizer: PreTrainedTokenizerBase, limit: int = 512) -> list[int]:
@@ -161,10 +244,13 @@ def _truncate_middle(head: str, tail: str, tokenizer: PreTrainedTokenizerBase, l
     return head[:end] + head[start:], tail, len(spans) - front - back
 
 
-def _tokenise(head: str, tail: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> Prompt:
+def _tokenise(head: str, tail: str, tokenizer: PreTrainedTokenizerBase, chat: bool, prefix: str = "") -> Prompt:
     """Applies the chat template (if any) and tokenises the two sides apart."""
     if chat:
         head, tail = _wrap_chat(head, tail, tokenizer)
+    elif prefix and tail[-1:].strip():
+        tail += "\n"
+    tail += prefix
     context_ids = _encode(head, tokenizer)
     bos = tokenizer.bos_token_id
     if _adds_bos(tokenizer) and context_ids[:1] != [bos]:

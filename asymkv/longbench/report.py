@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from asymkv.longbench import metrics
+from asymkv.longbench import metrics, suites
 from asymkv.longbench.arms import FULL, NONE
 from asymkv.longbench.data import Row, ids_sha256
 from asymkv.longbench.jsonl import check_fields, check_kinds, numbered_objects
@@ -94,9 +94,11 @@ def _read_records(path: Path, entry: Mapping[str, Any]) -> list[Row]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, {path.parent / RUN_FILE} counts {entry['rows']} rows of it")
     rows = []
+    # A suite's records may hold several predictions, or a length that is a word.
+    kinds = PREDICTION_KINDS if suites.find(path.stem) is None else {}
     for place, row in numbered_objects(path.read_bytes(), str(path)):
         check_fields(row, place, "a record", RECORD_FIELDS)
-        check_kinds(row, place, PREDICTION_KINDS)
+        check_kinds(row, place, kinds)
         rows.append(row)
     found = ids_sha256(row["_id"] for row in rows)
     if found != entry["ids_sha256"]:
@@ -121,7 +123,7 @@ def build_report(arms: Sequence[ArmRun], *, seed: int = 0, by_length: bool = Fal
 def _arm_report(arm: ArmRun, arms: Sequence[ArmRun], seed: int, by_length: bool) -> dict[str, Any]:
     records = arm.all_records()
     answered = {name: rows for name, rows in arm.records.items() if all("pred" in row for row in rows)}
-    scores = {name: score_rows(name, rows) for name, rows in answered.items()}
+    scores = {name: _score(name, rows) for name, rows in answered.items()}
     report = {
         "protocol": arm.run["settings"]["protocol"],
         "without_context": arm.run["settings"]["without_context"],
@@ -143,10 +145,12 @@ def _arm_report(arm: ArmRun, arms: Sequence[ArmRun], seed: int, by_length: bool)
         ),
     }
     report |= _costs(records)
-    bucketed = [name for name in answered if by_length or name.endswith(E_SUFFIX)]
+    bucketed = [n for n in answered if (by_length or n.endswith(E_SUFFIX)) and suites.find(n) is None]
     buckets = {name: score_rows_e(name, answered[name]) for name in bucketed}
     reference = {name: _rouge_reference(rows) for name, rows in answered.items() if _is_english_rouge(name)}
-    return report | {key: value for key, value in (("scores_e", buckets), ("rouge_score_l", reference)) if value}
+    details = {name: found for name, rows in answered.items() if (found := _details(name, rows))}
+    further = (("scores_e", buckets), ("rouge_score_l", reference), ("details", details))
+    return report | {key: value for key, value in further if value}
 
 
 def _costs(records: Sequence[Row]) -> dict[str, float]:
@@ -158,8 +162,19 @@ def _costs(records: Sequence[Row]) -> dict[str, float]:
     }
 
 
+def _score(dataset: str, rows: Sequence[Row]) -> float:
+    benchmark = suites.find(dataset)
+    return score_rows(dataset, rows) if benchmark is None else benchmark.total(rows)
+
+
+def _details(dataset: str, rows: Sequence[Row]) -> dict[str, float] | None:
+    """Further scores of a suite's dataset; None where it has none."""
+    benchmark = suites.find(dataset)
+    return None if benchmark is None or benchmark.details is None else benchmark.details(rows)
+
+
 def _is_english_rouge(dataset: str) -> bool:
-    return metrics.metric_for(dataset) is metrics.rouge_score
+    return suites.find(dataset) is None and metrics.metric_for(dataset) is metrics.rouge_score
 
 
 def _rouge_reference(rows: Sequence[Row]) -> float:
@@ -295,6 +310,7 @@ def markdown(report: Mapping[str, Any], arms: Sequence[ArmRun]) -> str:
         )
     if "in view" in table_rows(report)[0]:
         parts.append("In view: the share of the prompt's rows that attention still sees; hidden rows count as stored.")
+    parts += _detail_parts(report)
     header, cells = bucket_rows(report)
     if cells:
         parts += ["## By length in words (LongBench-E)", _table(header, cells)]
@@ -307,6 +323,17 @@ def markdown(report: Mapping[str, Any], arms: Sequence[ArmRun]) -> str:
 def _table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells])
+
+
+def _detail_parts(report: Mapping[str, Any]) -> list[str]:
+    """A heading and a table for each dataset with further scores."""
+    parts: list[str] = []
+    for dataset in dict.fromkeys(name for arm in report.values() for name in arm.get("details", {})):
+        found = {name: arm["details"][dataset] for name, arm in report.items() if dataset in arm.get("details", {})}
+        columns = list(dict.fromkeys(column for scores in found.values() for column in scores))
+        cells = [[name, *(_number(scores.get(column, NAN)) for column in columns)] for name, scores in found.items()]
+        parts += [f"## {dataset}", _table(["method", *columns], cells)]
+    return parts
 
 
 def _conditions(arms: Sequence[ArmRun]) -> list[str]:

@@ -23,15 +23,16 @@ from typing import Any
 
 import torch
 
-from asymkv.longbench import data, models, peers
+from asymkv.longbench import data, models, peers, suites
 from asymkv.longbench.arms import BaseArm
 from asymkv.longbench.conditions import commit, device_name
 from asymkv.longbench.data import Row, Task
-from asymkv.longbench.files import sha256, write_atomic
+from asymkv.longbench.files import write_atomic
 from asymkv.longbench.measure import Protocol, Record, Subject, measure
 from asymkv.longbench.press_arms import PressArm, PressError
 from asymkv.longbench.prompts import check_fields, check_template_fits
 from asymkv.longbench.records import RecordFolder, Shard, conflicts, merged_settings
+from asymkv.longbench.suites import Reader
 
 RUN_FILE = "run.json"
 # Ranks wait for the slowest one at the end only; that may take a long run's worth of time.
@@ -334,7 +335,7 @@ def run_settings(arm: BaseArm, work: Work, subject: Subject) -> Record:
     for dataset, rows in work.rows.items():
         task = work.tasks[dataset]
         settings[f"rows.{dataset}"] = data.ids_sha256(row["_id"] for row in rows)
-        settings[f"prompt.{dataset}"] = sha256(f"{task.template}\n{task.max_new_tokens}".encode())
+        settings[f"prompt.{dataset}"] = task.sha256
     # None would mean "says nothing" to the record folder; an unset budget is a statement.
     plain = json.loads(json.dumps(settings, default=str))
     return {key: "none" if value is None else value for key, value in plain.items()}
@@ -377,13 +378,23 @@ def load_rows(
     *,
     data_dir: str | Path | None = None,
     max_samples: int | None = None,
-    embedded_options: Mapping[str, Mapping[str, Any]] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    reader: Reader | None = None,
 ) -> dict[str, list[Row]]:
-    """Rows by dataset; ``embedded_options`` gives sizes by embedded task."""
-    options = embedded_options or {}
+    """Rows by dataset.
+
+    Args:
+        datasets: task names.
+        data_dir: local folder, see :func:`asymkv.longbench.data.load_rows`.
+        max_samples: first so many rows of each.
+        options: settings by dataset or suite.
+        reader: the model's tokenizer and prompt rules, for rows generated at a length in tokens.
+    """
+    given = options or {}
+    suites.check_options(given, data.embedded_tasks())
     return {
         name: data.load_rows(
-            name, data_dir=data_dir, max_samples=max_samples, embedded_options=dict(options.get(name, {}))
+            name, data_dir=data_dir, max_samples=max_samples, options=suites.options_for(name, given), reader=reader
         )
         for name in datasets
     }

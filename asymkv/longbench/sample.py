@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asymkv.longbench.data import Row, ids_sha256, load_rows
+from asymkv.longbench import suites
+from asymkv.longbench.data import Row, embedded_tasks, ids_sha256, load_rows
+from asymkv.longbench.suites import Reader
 
 STANDING_TASKS = ("needle", "trec", "qasper", "qmsum", "gov_report", "multi_news", "lcc")
 MAX_PROMPT_TOKENS = 3300
@@ -116,19 +118,29 @@ def read_sample(path: str | Path) -> Sample:
     return Sample(table["tasks"], table["max_prompt_tokens"])
 
 
-def pick_sample(source: str | Path, tasks: Sequence[str] | None, data_dir: str | Path | None) -> Sample:
+def pick_sample(
+    source: str | Path,
+    tasks: Sequence[str] | None,
+    data_dir: str | Path | None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    reader: Reader | None = None,
+) -> Sample:
     """The sample of a file, or ``"all"`` rows of the named tasks at the model's own prompt limit.
 
     Args:
         source: a sample file, or ``"all"``.
         tasks: only these tasks of the file; required for ``"all"``.
         data_dir: folder of ``<task>.jsonl``, or None for the embedded tasks and the hub.
+        options: settings of the rows, by dataset or suite.
+        reader: the model's tokenizer and prompt rules, for rows generated at a length in tokens.
 
     Raises:
         ValueError: for a task that the file does not have.
     """
     if source == "all":
-        return Sample({task: [row["_id"] for row in load_rows(task, data_dir=data_dir)] for task in tasks or ()}, None)
+        rows = {task: _rows(task, data_dir, options, reader) for task in tasks or ()}
+        return Sample({task: [row["_id"] for row in found] for task, found in rows.items()}, None)
     sample = read_sample(source)
     unknown = sorted(set(tasks or ()) - set(sample.tasks))
     if unknown:
@@ -136,14 +148,37 @@ def pick_sample(source: str | Path, tasks: Sequence[str] | None, data_dir: str |
     return Sample({task: sample.tasks[task] for task in tasks or sample.tasks}, sample.max_prompt_tokens)
 
 
-def load_sample(sample: Sample, data_dir: str | Path | None, *, max_rows: int | None = None) -> list[tuple[str, Row]]:
+def _rows(
+    task: str,
+    data_dir: str | Path | None,
+    options: Mapping[str, Any] | None,
+    reader: Reader | None,
+    row_ids: Sequence[str] | None = None,
+) -> list[Row]:
+    given = options or {}
+    suites.check_options(given, embedded_tasks())
+    return load_rows(task, data_dir=data_dir, row_ids=row_ids, options=suites.options_for(task, given), reader=reader)
+
+
+def load_sample(
+    sample: Sample,
+    data_dir: str | Path | None,
+    *,
+    max_rows: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    reader: Reader | None = None,
+) -> list[tuple[str, Row]]:
     """(task, row) of a sample, the tasks taking turns, so that a part of a run covers all of them.
 
     Args:
         sample: the ids.
         data_dir: folder of ``<task>.jsonl``, or None for the embedded tasks and the hub.
         max_rows: only the first so many of each task.
+        options: settings of the rows, as they were for the sample.
+        reader: the model's tokenizer and prompt rules.
     """
-    columns = {task: load_rows(task, data_dir=data_dir, row_ids=ids[:max_rows]) for task, ids in sample.tasks.items()}
+    columns = {
+        task: _rows(task, data_dir, options, reader, row_ids=ids[:max_rows]) for task, ids in sample.tasks.items()
+    }
     longest = max((len(rows) for rows in columns.values()), default=0)
     return [(task, rows[i]) for i in range(longest) for task, rows in columns.items() if i < len(rows)]

@@ -32,7 +32,7 @@ def byte_tokenizer(*, adds_bos: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     """Builds a byte tokenizer; ``adds_bos=True`` for one that begins every text with BOS."""
     return byte_tokenizer

@@ -33,6 +33,12 @@ def test_rows_can_be_chosen_by_id(tmp_path: Path) -> None:
         data.load_rows("qasper", data_dir=tmp_path, row_ids=["d"])
 
 
+def test_rows_of_a_file_take_no_options(tmp_path: Path) -> None:
+    write_rows(tmp_path / "needle.jsonl", [ROW])
+    with pytest.raises(ValueError, match="needle is read from .* and takes no options, found depths"):
+        data.load_rows("needle", data_dir=tmp_path, options={"depths": 3})
+
+
 def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "trec.jsonl").write_text('{"input": "q"}\n', encoding="utf-8")
     (tmp_path / "lcc.jsonl").write_text('{"input"\n', encoding="utf-8")

@@ -18,9 +18,9 @@ FIELDS = {"input", "context", "answers", "length", "dataset", "language", "all_c
 
 @pytest.mark.parametrize("dataset", SMALL)
 def test_rows_repeat_by_seed_and_have_longbench_fields(dataset: str) -> None:
-    rows = data.load_rows(dataset, embedded_options=SMALL[dataset])
-    assert rows == data.load_rows(dataset, embedded_options=SMALL[dataset])
-    assert rows != data.load_rows(dataset, embedded_options={**SMALL[dataset], "seed": 1})
+    rows = data.load_rows(dataset, options=SMALL[dataset])
+    assert rows == data.load_rows(dataset, options=SMALL[dataset])
+    assert rows != data.load_rows(dataset, options={**SMALL[dataset], "seed": 1})
     assert all(set(row) >= FIELDS and row["dataset"] == dataset for row in rows)
     assert len({row["_id"] for row in rows}) == len(rows) == SMALL[dataset].get("samples", 4)
 
