@@ -35,10 +35,26 @@ class FamilyAdapter:
 
     def project(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values before RoPE: ``[B, H, t, D]``, ``[B, H_kv, t, D]``, ``[B, H_kv, t, D]``."""
+        q, k = self.project_keys(attention, hidden)
+        return q, k, self.value(attention)(hidden).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+    def project_keys(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys alone."""
         shape = (*hidden.shape[:-1], -1, attention.head_dim)
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        q, k, v = (p(hidden).view(shape).transpose(1, 2) for p in projections)
-        return q, k, v
+        q, k = (p(hidden).view(shape).transpose(1, 2) for p in self.query_key(attention))
+        return q, k
+
+    def query_key(self, attention: Any) -> tuple[nn.Module, nn.Module]:
+        """The projections to queries and to keys."""
+        return attention.q_proj, attention.k_proj
+
+    def value(self, attention: Any) -> nn.Module:
+        """The projection to values."""
+        return attention.v_proj
+
+    def output(self, attention: Any) -> nn.Module:
+        """The projection of attention's output."""
+        return attention.o_proj
 
     def decoder(self, lm: Any) -> nn.Module:
         """The decoder stack: returns hidden states after the final norm."""
