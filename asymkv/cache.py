@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from asymkv.budgets import CacheShape, HeadBudgets, LayerBudgets
 from asymkv.budgets.heads import Rows
 from asymkv.budgets.layers import Request
 from asymkv.config import CompressionConfig
 from asymkv.dimensions import Projection
 from asymkv.layer import CompressedLayer
-from asymkv.ledger import BudgetLedger
+from asymkv.ledger import BudgetLedger, cache_shape
 from asymkv.models import get_adapter
 from asymkv.models._compat import Cache, columns_to_crop
 from asymkv.ops import resolve_backend
@@ -28,9 +27,6 @@ from asymkv.rope import ProjectedRope, Rope
 if TYPE_CHECKING:
     from asymkv.narrowing import Narrowing
     from asymkv.reconstruction import Replay
-
-# cardinality (int32), log n (fp32) and position (int32) of a row
-METADATA_BYTES = 12
 
 
 @dataclass
@@ -125,14 +121,8 @@ class CompressedCache(BudgetLedger, Cache):
         self.basis_sha256 = basis_sha256
         projected = any(p.keys is not None for p in projections)
         self.rope = ProjectedRope(rope.rotary) if projected else rope
-        widths = [p.widths(head_dim) for p in projections] or [(head_dim, head_dim)]
-        uneven = type(config.head_split) is not HeadBudgets or type(config.layer_split) is not LayerBudgets
-        row_bytes = [
-            (k + v) * dtype.itemsize + METADATA_BYTES + config.options.row_bytes(k, dtype, config) for k, v in widths
-        ]
-        # Where layers may hold different numbers of rows, all of them could be in the widest.
-        mean = max(row_bytes) if uneven else -(-sum(row_bytes) // len(row_bytes))
-        self.shape = CacheShape(num_layers, kv_heads, mean, uneven)
+        widths = [p.widths(head_dim) for p in projections] or [(head_dim, head_dim)] * num_layers
+        self.shape = cache_shape(config, kv_heads, widths, dtype)
         self.backend = resolve_backend(config.backend, rope.device, head_dim, dtype, widths)
         self.step: Step | None = None
         self.open_ledger()

@@ -96,8 +96,8 @@ def load(path: str | Path, model: PreTrainedModel) -> CompressedCache:
     tensors = load_file(folder / ROWS, device=str(model.device))
     cache = CompressedCache.for_model(CompressionConfig(**manifest["config"]), model)
     if cache.basis_sha256 != manifest.get("basis_sha256"):
-        raise ValueError(f"the rows in {folder} are in the coordinates of the basis {manifest.get('basis_sha256')}, not "
-                         f"of {cache.basis_sha256}; point dimensions.basis to the folder that they were written with")
+        raise ValueError(f"the rows in {folder} are in the coordinates of the basis {manifest.get('basis_sha256')}, "
+                         f"not of {cache.basis_sha256}; point dimensions.basis to the one that they were written with")
     for name in _STATE:
         setattr(cache, name, manifest["state"][name])
     cache.tail = torch.tensor(manifest["tail"], dtype=torch.bool).view(len(cache.prompt_tokens), -1)

@@ -3,8 +3,8 @@
     python scripts/calibrate_zack.py --model smollm2 --text-file report.txt                 # minutes on one CPU core
     python scripts/calibrate_zack.py --model smollm2 --text-file report.txt --samples 4     # less text
 
-The bases go where ``dimensions="zack"`` looks for them (``$ASYMKV_CACHE`` or the user's cache folder), or into ``--out``;
-they serve every ratio. The same command goes on where it was interrupted.
+The bases go where ``dimensions="zack"`` looks for them (``$ASYMKV_CACHE`` or the user's cache folder), or into
+``--out``; they serve every ratio. The same command goes on where it was interrupted.
 """
 
 from __future__ import annotations

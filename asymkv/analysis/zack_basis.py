@@ -156,14 +156,15 @@ def joint_gram(queries: Tensor, keys: Tensor) -> Tensor:
 def output_grams(model: PreTrainedModel) -> Tensor:
     """``[L, H_kv, D, D]`` fp64: ``W_O^T W_O`` of the slices of each group's heads."""
     adapter = get_adapter(model.config.model_type)
-    found = {}
-    for module in model.modules():
-        if isinstance(module, adapter.attention_class()):
-            weight = adapter.output(module).weight.detach()  # type: ignore[union-attr, operator]
-            if not weight.is_floating_point():
-                raise ValueError(f"the output projection's weight must be in floating point; found {weight.dtype}")
-            by_head = weight.double().T.unflatten(0, (kv_heads(model), -1, module.head_dim))  # [H_kv, G, D, hidden]
-            found[module.layer_idx] = gram(by_head.transpose(2, 3).flatten(1, 2)).cpu()
+    found: dict[int, Tensor] = {}
+    modules: Any = [m for m in model.modules() if isinstance(m, adapter.attention_class())]
+    for module in modules:
+        output: Any = adapter.output(module)
+        weight = output.weight.detach()
+        if not weight.is_floating_point():
+            raise ValueError(f"the output projection's weight must be in floating point; found {weight.dtype}")
+        by_head = weight.double().T.unflatten(0, (kv_heads(model), -1, module.head_dim))  # [H_kv, G, D, hidden]
+        found[module.layer_idx] = gram(by_head.transpose(2, 3).flatten(1, 2)).cpu()
     return torch.stack([found[i] for i in range(len(found))])
 
 

@@ -92,8 +92,8 @@ def find_folder(source: str | Path | None, model: PreTrainedModel) -> Path:
     if not (own / MANIFEST).is_file():
         name = model.config._name_or_path or "MODEL"
         state = "is not finished" if (own / UNFINISHED).is_file() else "is missing"
-        raise ValueError(f"the zack basis of {name!r} at {own} {state}; python scripts/calibrate_zack.py --model {name} "
-                         "--text-file FILE measures it once (and goes on where it was interrupted)")
+        raise ValueError(f"the zack basis of {name!r} at {own} {state}; python scripts/calibrate_zack.py --model "
+                         f"{name} --text-file FILE measures it once (and goes on where it was interrupted)")
     return own
 
 

@@ -65,7 +65,8 @@ def fill(gain: Tensor, ratio: Fraction, floor: int) -> Tensor:
     total = math.floor(ratio * units * blocks)
     if total < units * floor:
         raise ValueError(f"dimensions: ratio={float(ratio):g} leaves {total} blocks of dimensions for {units} heads or "
-                         f"layers, which keep {floor} of {blocks} each at least; raise ratio, or lower least or multiple")
+                         f"layers, which keep {floor} of {blocks} each at least; raise ratio, or lower least or "
+                         "multiple")
     # Rounding must not make a later block dearer than an earlier one; of equals the earlier block goes first.
     free = gain.cummin(-1).values[:, floor:].T.reshape(-1)
     taken = free.argsort(descending=True, stable=True)[: total - units * floor]

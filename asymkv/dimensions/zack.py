@@ -100,10 +100,13 @@ class Zack:
         keys = cut(basis.keys, key_ranks) if self.keys else [None] * len(basis.keys)
         values = cut(basis.values, value_ranks) if self.values else [None] * len(basis.values)
         adapter = get_adapter(model.config.model_type)
-        modules: dict[int, Any] = {m.layer_idx: m for m in model.modules() if isinstance(m, adapter.attention_class())}
-        if self.fold == "all" and bool((adapter.rotary(model).inv_freq != 0).any()):
-            raise ValueError(f"fold='all' of dimensions='zack': {model.config.model_type!r} rotates queries and keys by "
-                             "their positions, between projection and dot product; allowed: True (values) and False")
+        found: Any = (m for m in model.modules() if isinstance(m, adapter.attention_class()))
+        modules = {module.layer_idx: module for module in found}
+        rotary: Any = adapter.rotary(model)
+        if self.fold == "all" and rotary.inv_freq.any():
+            raise ValueError(f"fold='all' of dimensions='zack': {model.config.model_type!r} rotates queries and keys "
+                             "by their positions, between projection and dot product; allowed: True (values) and "
+                             "False")
         out = []
         for index, (k, v) in enumerate(zip(keys, values, strict=True)):
             target = _place(adapter.value(modules[index]), model)
@@ -158,7 +161,10 @@ def _plain(linear: Any) -> nn.Linear:
     Raises:
         ValueError: for a quantised, adapted or offloaded one.
     """
-    if type(linear) is not nn.Linear or not linear.weight.is_floating_point() or linear.weight.device.type == "meta":
-        raise ValueError(f"fold of dimensions='zack' needs plain linear projections; found {type(linear).__name__} "
-                         f"with {linear.weight.dtype} on {linear.weight.device}; use fold: false")
+    if type(linear) is not nn.Linear:
+        raise ValueError("fold of dimensions='zack' needs plain linear projections; found "
+                         f"{type(linear).__name__}; use fold: false")
+    if not linear.weight.is_floating_point() or linear.weight.device.type == "meta":
+        raise ValueError("fold of dimensions='zack' needs weights in floating point that are not offloaded; found "
+                         f"{linear.weight.dtype} on {linear.weight.device}; use fold: false")
     return linear

@@ -60,12 +60,16 @@ def causal_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) 
 
 
 def _one_width(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The tensors with zeros behind the narrower of keys and values, which the kernels want alike, and the values' own
-    size: a copy, but only where they differ."""
-    size, width = values.shape[-1], max(keys.shape[-1], values.shape[-1])
-    pad = torch.nn.functional.pad
-    query, keys, values = (x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (query, keys, values))
-    return query, keys, values, size
+    """The tensors with zeros behind the narrower of keys and values, and the values' own size: kernels want one width.
+
+    A copy, but only where they differ.
+    """
+    width = max(keys.shape[-1], values.shape[-1])
+
+    def padded(x: Tensor) -> Tensor:
+        return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+
+    return padded(query), padded(keys), padded(values), values.shape[-1]
 
 
 def _fused(query: Tensor) -> bool:
