@@ -36,8 +36,7 @@ def attention_forward(
     layer = cache.layers[module.layer_idx]
     projection = cache.projections[layer.index] if cache.projections else PLAIN
     if "output_weight" in cache.config.options.needs and (layer.output_weight is None or not cache.projections):
-        output: Any = adapter.output(module)
-        layer.output_weight = projection.output_weight(output.weight)
+        layer.output_weight = projection.output_weight(adapter.output_weight(module))
     q, k, v = projection.project(adapter, module, hidden)
     if cache.step.replay is not None:
         out = cache.step.replay.attend(cache, layer, q, k, v, hidden, module.scaling)

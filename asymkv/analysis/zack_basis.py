@@ -159,8 +159,7 @@ def output_grams(model: PreTrainedModel) -> Tensor:
     found: dict[int, Tensor] = {}
     modules: Any = [m for m in model.modules() if isinstance(m, adapter.attention_class())]
     for module in modules:
-        output: Any = adapter.output(module)
-        weight = output.weight.detach()
+        weight = adapter.output_weight(module).detach()
         if not weight.is_floating_point():
             raise ValueError(f"the output projection's weight must be in floating point; found {weight.dtype}")
         by_head = weight.double().T.unflatten(0, (kv_heads(model), -1, module.head_dim))  # [H_kv, G, D, hidden]

@@ -109,7 +109,7 @@ class Projection:
             return self.folded.output(out.transpose(1, 2).flatten(2))
         if self.values is not None:
             out = narrowed(out, self.values.transpose(1, 2))
-        return adapter.output(module)(out.transpose(1, 2).flatten(2))
+        return adapter.output(module, out.transpose(1, 2).flatten(2))
 
     def output_weight(self, weight: Tensor) -> Tensor:
         """The output projection ``[hidden, H * D]`` for stored values, ``[hidden, H * r]``."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from asymkv.checks import check_choice, check_flag, check_integer, check_number
@@ -109,7 +109,9 @@ class Zack:
                              "False")
         out = []
         for index, (k, v) in enumerate(zip(keys, values, strict=True)):
-            target = _place(adapter.value(modules[index]), model)
+            device = adapter.output_weight(modules[index]).device
+            # Offloaded weights do not say where a layer computes.
+            target = torch.device("cpu") if device.type == "meta" else device, model.dtype
             projection = Projection(None if k is None else k.to(*target), None if v is None else v.to(*target))
             if self.fold:
                 folded = self._fold(adapter, modules[index], k, v)
@@ -126,15 +128,14 @@ class Zack:
 
     def _fold(self, adapter: Any, module: Any, keys: Tensor | None, values: Tensor | None) -> Folded:
         assert values is not None
-        value, output = _plain(adapter.value(module)), _plain(adapter.output(module))
+        weights = adapter.weights(module)
+        (output, bias), (value, value_bias) = weights["output"], weights["value"]
         with torch.no_grad():
-            folded = Folded(
-                fold_input(value.weight, value.bias, values), Linear(fold_output(output.weight, values), output.bias)
-            )
+            folded = Folded(fold_input(value, value_bias, values), Linear(fold_output(output, values), bias))
             if self.fold != "all":
                 return folded
             assert keys is not None
-            query, key = (fold_input(x.weight, x.bias, keys) for x in map(_plain, adapter.query_key(module)))
+            query, key = (fold_input(w, b, keys) for w, b in (weights["query"], weights["key"]))
         return dataclasses.replace(folded, query=query, key=key)
 
 
@@ -147,24 +148,3 @@ def cut(vectors: Tensor, ranks: Tensor) -> Sequence[Tensor]:
         kept = torch.arange(width) < own[:, None, None]
         out.append(torch.where(kept, basis[..., :width], 0))
     return out
-
-
-def _place(linear: nn.Module, model: PreTrainedModel) -> tuple[torch.device, torch.dtype]:
-    """Where a layer computes, and in what; offloaded weights say nothing of the former."""
-    device = next(linear.parameters()).device
-    return (torch.device("cpu") if device.type == "meta" else device), model.dtype
-
-
-def _plain(linear: Any) -> nn.Linear:
-    """A linear module whose weight can be folded.
-
-    Raises:
-        ValueError: for a quantised, adapted or offloaded one.
-    """
-    if type(linear) is not nn.Linear:
-        raise ValueError("fold of dimensions='zack' needs plain linear projections; found "
-                         f"{type(linear).__name__}; use fold: false")
-    if not linear.weight.is_floating_point() or linear.weight.device.type == "meta":
-        raise ValueError("fold of dimensions='zack' needs weights in floating point that are not offloaded; found "
-                         f"{linear.weight.dtype} on {linear.weight.device}; use fold: false")
-    return linear
