@@ -60,9 +60,10 @@ def main(argv: list[str] | None = None) -> int:
 def report(basis: Basis) -> None:
     """Prints the energy that each share of dimensions keeps, and the ranks of the layers."""
     size = basis.keys.shape[-1]
+    block = min(8, max(size // 16 * 2, 2))
     for ratio in (0.75, 0.5, 0.25):
         for name, energy in (("keys", basis.key_energy), ("values", basis.value_energy)):
-            ranks = choose_ranks(energy, ratio, "layer", multiple=min(8, size), least=min(8, size))
+            ranks = choose_ranks(energy, ratio, "layer", multiple=block, least=block)
             inside = torch.arange(size) < ranks[..., None]
             share = ((energy * inside).sum(-1) / energy.sum(-1)).mean()
             print(f"{ratio:.0%} of {size} dimensions of {name}: {share:.4f} of the energy, "

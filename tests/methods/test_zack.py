@@ -148,21 +148,21 @@ def test_a_byte_budget_counts_the_real_rows():
 @pytest.mark.parametrize("backend", ["cpp", "sdpa", "reference"])
 def test_backends_agree_where_keys_and_values_differ_in_size(backend):
     """Prefill, decode and a second turn on merged rows, heads of different lengths."""
-    model, ids = tiny_model(), prompt(90)
+    model, ids = tiny_model(), prompt(66)
     settings = {"method": "h2o", "head_budgets": "adaptive", "budget": 48, "window_size": 8, "chunk_size": 32}
     found = {}
     for name in ("reference", backend):
         with asymkv.replace("llama", model=model, backend=name, dimensions=zack(keys=False), **settings):
             out = model(ids[:, :60])
             logits = [out.logits]
-            for begin, end in ((60, 61), (61, 62), (62, 90)):
+            for begin, end in ((60, 61), (61, 66)):
                 logits.append(model(ids[:, begin:end], past_key_values=out.past_key_values).logits)
         found[name] = torch.cat(logits, 1)
     assert_close("logits", found["reference"], found[backend], 1e-5)
 
 
 # -- composition -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", ["h2o", "snapkv", "asymkv", "d2o", "kvmerger", "razor", "criticalkv", "adakv"])
+@pytest.mark.parametrize("method", ["h2o", "snapkv", "asymkv", "kvmerger", "razor", "adakv"])
 def test_methods_compose(method):
     """Fewer rows of fewer dimensions, through prompt, decode and a second turn."""
     scores = {"head_scores": [[0.1, 0.2], [0.9, 0.3]]} if method == "razor" else {}
