@@ -107,17 +107,19 @@ class Zack:
             raise ValueError(f"fold='all' of dimensions='zack': {model.config.model_type!r} rotates queries and keys "
                              "by their positions, between projection and dot product; allowed: True (values) and "
                              "False")
-        out = []
-        for index, (k, v) in enumerate(zip(keys, values, strict=True)):
-            device = adapter.output_weight(modules[index]).device
-            # Offloaded weights do not say where a layer computes.
-            target = torch.device("cpu") if device.type == "meta" else device, model.dtype
-            projection = Projection(None if k is None else k.to(*target), None if v is None else v.to(*target))
-            if self.fold:
-                folded = self._fold(adapter, modules[index], k, v)
-                projection = dataclasses.replace(projection, folded=folded)
-            out.append(projection)
-        return out, basis.sha256
+        # Normal tensors even under inference_mode: a later turn outside it may need gradients through them.
+        with torch.inference_mode(False), torch.no_grad():
+            layers = enumerate(zip(keys, values, strict=True))
+            return [self._projection(adapter, modules[i], k, v, model.dtype) for i, (k, v) in layers], basis.sha256
+
+    def _projection(
+        self, adapter: Any, module: Any, keys: Tensor | None, values: Tensor | None, dtype: torch.dtype
+    ) -> Projection:
+        device = adapter.output_weight(module).device
+        # Offloaded weights do not say where a layer computes.
+        device = torch.device("cpu") if device.type == "meta" else device
+        k, v = (None if x is None else x.to(device, dtype, copy=True) for x in (keys, values))
+        return Projection(k, v, self._fold(adapter, module, keys, values) if self.fold else None)
 
     def ranks_of(self, basis: Basis) -> tuple[Tensor, Tensor]:
         """Ranks ``[L, H_kv]`` of keys and of values."""
@@ -130,12 +132,11 @@ class Zack:
         assert values is not None
         weights = adapter.weights(module)
         (output, bias), (value, value_bias) = weights["output"], weights["value"]
-        with torch.no_grad():
-            folded = Folded(fold_input(value, value_bias, values), Linear(fold_output(output, values), bias))
-            if self.fold != "all":
-                return folded
-            assert keys is not None
-            query, key = (fold_input(w, b, keys) for w, b in (weights["query"], weights["key"]))
+        folded = Folded(fold_input(value, value_bias, values), Linear(fold_output(output, values), bias))
+        if self.fold != "all":
+            return folded
+        assert keys is not None
+        query, key = (fold_input(w, b, keys) for w, b in (weights["query"], weights["key"]))
         return dataclasses.replace(folded, query=query, key=key)
 
 

@@ -257,8 +257,8 @@ def test_one_command_calibrates_and_one_compares(script, tiny_folder, text_file,
     command = ["--model_name_or_path", str(tiny_folder), "--dataset_name", str(text_file), "--output_dir",
                str(tmp_path / "out"), "--sequence_lengths", "128", "--max_length", "128", *FLAGS, "--methods", "full",
                str(tmp_path / "zack.yaml"), "uncomp", "--suite", str(tmp_path / "suite.yaml"),
-               "--summarization_dataset", str(tmp_path / "articles.jsonl"), "--longbench", "needle", "--run_evaluation", "--run_ablations",
-               "--run_summarization"]  # fmt: skip
+               "--summarization_dataset", str(tmp_path / "articles.jsonl"), "--longbench", "needle",
+               "--run_evaluation", "--run_ablations", "--run_summarization"]  # fmt: skip
     assert script("run_experiments").main(command) == 1
     out = capsys.readouterr()
     assert "not measured: uncomp" in out.err and "results.md" in out.out and "ranks of the layers" in out.out

@@ -202,6 +202,19 @@ def test_loss_curvature_weighs_stored_coordinates():
     assert [int(n.sum()) for n in cache.cardinality(1)[0]] == [150, 150]
 
 
+def test_a_turn_after_inference_mode():
+    """What the cache holds of its basis may take part in a backward pass later."""
+    model, ids = tiny_model(), prompt(160)
+    settings = {"method": "asymkv", "curvature": "loss", "budget": 200, "window_size": 8, "dimensions": zack(fold=True)}
+    with asymkv.replace("llama", model=model, **settings):
+        with torch.inference_mode():
+            cache = CompressedCache.for_model(CompressionConfig(**settings), model)
+        model(ids[:, :150], past_key_values=cache)
+        cache.config = cache.config.replace(budget=64)
+        out = model(ids[:, 150:], past_key_values=cache)
+    assert out.logits.isfinite().all() and cache.num_rows(0).tolist() == [[64, 64]]
+
+
 def test_padded_batches_save_fork_and_crop(tmp_path):
     model = tiny_model()
     ids, mask, alone = left_padded([60, 90])
