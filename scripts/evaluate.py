@@ -1,4 +1,4 @@
-"""Perplexity, bytes and speed of compression methods over lengths, and ablations: the evaluation alone.
+r"""Perplexity, bytes and speed of compression methods over lengths, and ablations: the evaluation alone.
 
 A smoke run on one CPU core, on text that Python carries:
 
@@ -18,124 +18,25 @@ where it was interrupted.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-from pathlib import Path
-from typing import Any
 
-import torch
-
-from asymkv.experiments.arms import Sizes, ablation_arms, load_suite, method_arms
-from asymkv.experiments.report import write_report
-from asymkv.experiments.suite import Options, run_suite
-
-METHODS = ["full", "ours", "zack", "dynamic_kv", "razor", "uncomp"]
-LENGTHS = [512, 1024, 2048, 4096, 8192]
-
-
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """Flags of the model, the data and the compression; names and meanings of the public code."""
-    add = parser.add_argument
-    add("--model_name_or_path", default="gpt2", help="short name of configs/models.yaml, hub id or folder")
-    add("--dataset_name", default="wikitext-103-v1",
-        help="text file, folder of .txt, 'embedded' (text that Python carries), or a dataset, config after a slash")
-    add("--dataset_cache_dir", help="where the datasets library keeps its files")
-    add("--output_dir", type=Path, default=Path("results"), help="folder of records, results.md and visualizations/")
-    add("--max_length", type=int, default=2048, help="tokens of the windows that ablations read")
-    add("--sample_size", type=int, default=10, help="windows of each length, and articles and rows of each task")
-    add("--seed", type=int, default=42, help="of torch; windows and greedy answers do not depend on it")
-    add("--fp16", action="store_true", help="the same as --dtype float16")
-    add("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, help="torch threads")
-    compression = parser.add_argument_group("compression")
-    add = compression.add_argument
-    add("--max_cache_size", type=int, default=1024, help="B: rows per KV head of every method")
-    add("--num_clusters", type=int, default=256, help="K: centroids of ours")
-    add("--pruning_interval", type=int, default=512, help="P: own tokens between two compactions, of every method")
-    add("--lookback_window", type=int, default=256, help="Delta: queries that judge, of ours")
-    add("--kmeans_learning_rate", type=float, default=0.01, help="eta, of ours with kmeans_update: ema")
-    baselines = parser.add_argument_group("baselines")
-    add = baselines.add_argument
-    add("--zack_compression_ratio", type=float, default=0.5, help="share of dimensions that zack keeps")
-    add("--dynamic_kv_budget", type=int, help="rows per KV head of dynamic_kv, the mean of its layers; default: B")
-    add("--razor_retrieval_head_ratio", type=float, help="share of heads kept whole at most; default: what B holds")
-    add("--uncomp_target_compression_ratio", type=float, help="share of rows that uncomp keeps; default: B rows")
-    parser.add_argument("--checkpoint", help="weights or LoRA adapter of scripts/train.py, for the distilled step")
-    parser.add_argument("--suite", default="aagc", help="yaml of ablations, or the name of a shipped one")
-
-
-def add_evaluation(parser: argparse.ArgumentParser) -> None:
-    """Flags of what is evaluated."""
-    add = parser.add_argument
-    add("--methods", nargs="+", default=METHODS,
-        help="full, ours (aagc), any registered method, names or paths of settings files")
-    add("--sequence_lengths", nargs="+", type=int, default=LENGTHS, help="those beyond the model's window are named")
-    add("--batch_size", type=int, default=1, help="windows read at a time")
-    add("--decode_steps", type=int, default=16, help="generated tokens that are timed behind each window; 0 = none")
-    add("--longbench", nargs="+", default=[], help="LongBench tasks, or embedded ones, such as needle")
-    add("--data_dir", help="folder of <task>.jsonl for --longbench")
-    add("--longbench_config", help="config/ folder of LongBench")
+from asymkv.experiments.cli import add_common, add_evaluation, evaluate, options_of
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser)
     add_evaluation(parser)
-    parser.add_argument("--run_ablations", action="store_true", help="vary B, K, P and Delta, and take parts away")
     parser.add_argument("--summarization", action="store_true", help="summaries, scored by ROUGE")
-    parser.add_argument("--summarization_dataset", default="cnn_dailymail", help="dataset, or jsonl of articles")
     return parser.parse_args(argv)
-
-
-def sizes_of(args: argparse.Namespace) -> Sizes:
-    """The numbers of every method."""
-    ours = {"num_clusters": args.num_clusters, "pruning_interval": args.pruning_interval,
-            "lookback_window": args.lookback_window, "kmeans_learning_rate": args.kmeans_learning_rate}  # fmt: skip
-    own: dict[str, dict[str, Any]] = {"aagc": ours, "zack": {"ratio": args.zack_compression_ratio}}
-    if args.dynamic_kv_budget is not None:
-        own["dynamic_kv"] = {"budget": args.dynamic_kv_budget}
-    if args.razor_retrieval_head_ratio is not None:
-        own["razor"] = {"retrieval_share": args.razor_retrieval_head_ratio}
-    if args.uncomp_target_compression_ratio is not None:
-        own["uncomp"] = {"ratio": args.uncomp_target_compression_ratio}
-    return Sizes(args.max_cache_size, args.pruning_interval, own)
-
-
-def evaluate(args: argparse.Namespace, options: Options, *, methods: bool = True, ablations: bool = False) -> int:
-    """Runs, reports, and says what was left out; 1 if a method that was asked for was not measured."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    torch.manual_seed(args.seed)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    sizes = sizes_of(args)
-    plan = method_arms(args.methods if methods else [], sizes)
-    if ablations:
-        plan += ablation_arms(load_suite(args.suite), sizes, args.checkpoint)
-    results = run_suite(options, plan)
-    print(f"results: {write_report(options.out, results)}")
-    for length in results["skipped"]:
-        print(f"skipped: {length} tokens are beyond the model's window", file=sys.stderr)
-    for name, why in results["refused"].items():
-        print(f"not measured: {name}: {why}", file=sys.stderr)
-    return int(any(name in results["refused"] for name in args.methods) and methods)
-
-
-def options_of(args: argparse.Namespace, **extra: Any) -> Options:
-    """What is measured, as the flags say."""
-    return Options(
-        model=args.model_name_or_path, out=args.output_dir, text=args.dataset_name,
-        lengths=tuple(args.sequence_lengths), ablation_length=args.max_length, samples=args.sample_size,
-        batch=args.batch_size, decode_steps=args.decode_steps, longbench=tuple(args.longbench), data_dir=args.data_dir,
-        longbench_config=args.longbench_config, dtype="float16" if args.fp16 else args.dtype, device=args.device,
-        cache_dir=args.dataset_cache_dir, **extra,
-    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    summaries = args.summarization_dataset if args.summarization else None
-    return evaluate(args, options_of(args, summaries=summaries), ablations=args.run_ablations)
+    outcome = evaluate(args, options_of(args, summaries=args.summarization_dataset if args.summarization else None))
+    print(f"results: {outcome.page}")
+    print("\n".join(outcome.left_out), file=sys.stderr)
+    return outcome.status
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One command for the whole table: every method over lengths, ablations, summaries, LongBench rows, page and plots.
+r"""One command for the whole table: every method over lengths, ablations, summaries, LongBench rows, page and plots.
 
     python scripts/run_experiments.py --model_name_or_path gpt2 --output_dir results --dataset_name wikitext \
         --dataset_config wikitext-103-v1 --max_length 2048 --sample_size 10 --run_evaluation --run_ablations --fp16
@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from evaluate import add_common, add_evaluation, evaluate, options_of
+from asymkv.experiments.cli import add_common, add_evaluation, evaluate, options_of
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -28,9 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parts = parser.add_argument_group("parts")
     parts.add_argument("--dataset_config", help="configuration of --dataset_name")
     parts.add_argument("--run_evaluation", action="store_true", help="the methods over all lengths")
-    parts.add_argument("--run_ablations", action="store_true", help="vary B, K, P and Delta, and take parts away")
     parts.add_argument("--run_summarization", action="store_true", help="summaries of the methods, scored by ROUGE")
-    parts.add_argument("--summarization_dataset", default="cnn_dailymail", help="dataset, or jsonl of articles")
     args = parser.parse_args(argv)
     if not (args.run_evaluation or args.run_ablations or args.run_summarization):
         args.run_evaluation = args.run_ablations = True
@@ -39,11 +37,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    summaries = args.summarization_dataset if args.run_summarization else None
     if not args.run_evaluation:
         args.sequence_lengths, args.longbench = [], []
+    summaries = args.summarization_dataset if args.run_summarization else None
     options = options_of(args, text_config=args.dataset_config, summaries=summaries)
-    return evaluate(args, options, methods=args.run_evaluation or args.run_summarization, ablations=args.run_ablations)
+    outcome = evaluate(args, options, methods=args.run_evaluation or args.run_summarization)
+    print(f"results: {outcome.page}")
+    print("\n".join(outcome.left_out), file=sys.stderr)
+    return outcome.status
 
 
 if __name__ == "__main__":
