@@ -10,12 +10,14 @@ from torch import Tensor
 
 from asymkv.budgets.heads import Judged
 from asymkv.cache import CompressedCache, Step
+from asymkv.dimensions import Projection
 from asymkv.layer import CompressedLayer, Judgement
 from asymkv.models.adapter import FamilyAdapter
-from asymkv.offload import weight_of
 from asymkv.ops import differentiable_attention, ragged_attention, row_bias
 from asymkv.rope import apply_rope
 from asymkv.view import RowView
+
+PLAIN = Projection()  # every dimension, as the model has it
 
 
 def attention_forward(
@@ -32,14 +34,15 @@ def attention_forward(
     if cache.step is None:
         raise ValueError("a CompressedCache is driven by the causal LM's forward; call the LM, not its decoder alone")
     layer = cache.layers[module.layer_idx]
-    if "output_weight" in cache.config.options.needs:
-        layer.output_weight = weight_of(module.o_proj)
-    q, k, v = adapter.project(module, hidden)
+    projection = cache.projections[layer.index] if cache.projections else PLAIN
+    if "output_weight" in cache.config.options.needs and (layer.output_weight is None or not cache.projections):
+        layer.output_weight = projection.output_weight(adapter.output_weight(module))
+    q, k, v = projection.project(adapter, module, hidden)
     if cache.step.replay is not None:
         out = cache.step.replay.attend(cache, layer, q, k, v, hidden, module.scaling)
     else:
         out = attend(cache, layer, q, k, v, module.scaling)
-    return module.o_proj(out.transpose(1, 2).reshape(*hidden.shape[:-1], -1)), None
+    return projection.output(adapter, module, out), None
 
 
 @dataclass
@@ -77,10 +80,10 @@ def attend(cache: CompressedCache, layer: CompressedLayer, q: Tensor, k: Tensor,
     Args:
         q: ``[B, H, t, D]`` before RoPE.
         k: ``[B, H_kv, t, D]`` before RoPE.
-        v: ``[B, H_kv, t, D]``.
+        v: ``[B, H_kv, t, D]``, or in the stored size.
 
     Returns:
-        ``[B, H, t, D]``.
+        ``[B, H, t, D]``, of the size of ``v``.
     """
     step = cache.step
     assert step is not None
@@ -90,7 +93,7 @@ def attend(cache: CompressedCache, layer: CompressedLayer, q: Tensor, k: Tensor,
     rotary = None
     if step.tape is not None or layer.policy != "original":
         rotary = rotary_of_new(layer, step, k)
-    q, k = rotate_new(cache, step, rotary, q, k)
+    q, k = rotate_new(cache, layer, step, rotary, q, k)
     if step.tape is not None:
         assert rotary is not None
         return _taped(cache, layer, step, q, k, v, rotary, scale)
@@ -278,13 +281,19 @@ def rotary_of_new(layer: CompressedLayer, step: Step, k: Tensor) -> Tensor:
 
 
 def rotate_new(
-    cache: CompressedCache, step: Step, rotary: Tensor | None, q: Tensor, k: Tensor
+    cache: CompressedCache, layer: CompressedLayer, step: Step, rotary: Tensor | None, q: Tensor, k: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Rotates the chunk's queries and keys; a head's queries follow the positions of their KV head."""
+    """Rotates the chunk's queries and keys, and brings them into the coordinates that the layer stores.
+
+    A head's queries follow the positions of their KV head.
+    """
     if cache.config.positions == "original":
+        projection = cache.projections[layer.index] if cache.projections else PLAIN
+        if not projection.turns:
+            return q, k
         _, cos, sin = step.on(q.device)
         cos, sin = cos[:, None].to(q.dtype), sin[:, None].to(q.dtype)
-        return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        return projection.narrow(apply_rope(q, cos, sin)), projection.narrow(apply_rope(k, cos, sin))
     assert rotary is not None
     batch, kv_heads, new = rotary.shape
     cos, sin = cache.rope.tables(rotary.reshape(-1, new), q.dtype, per_row=False)

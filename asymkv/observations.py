@@ -226,7 +226,8 @@ def key_curvature(view: RowView) -> Tensor:
 
 def _curvature_sums(view: RowView) -> tuple[Tensor, Tensor]:
     """``sum e q_d^2 [B * H_kv, T, D]`` and ``sum e q_d q_(d + D/2) [B * H_kv, T, D / 2]``, e the output energy."""
-    if row_ops.native_columns(view.keys) and view.query_lse is not None and view.query_out is not None:
+    one_width = view.keys.shape[-1] == view.values.shape[-1]
+    if one_width and row_ops.native_columns(view.keys) and view.query_lse is not None and view.query_out is not None:
         query, keys, *rest = _columns(view)
         values, out = view.values.flatten(0, 1), view.query_out.reshape(query.shape).contiguous()
         return row_ops.key_curvature(query, keys, values, *rest, out, view.scale)

@@ -102,7 +102,8 @@ def execute(plan: CompactionPlan, view: RowView, storage: RaggedStorage, policy:
     rotary = view.rotary_positions.reshape(heads, width).contiguous()
     row_ops.ragged_compact(
         *(sources[name] for name in edited), rotary, [sources[name] for name in view.statistics], weight, order, offset,
-        view.rope.frequencies(view.keys.device), _target_rotary(policy, sources["cardinality"], order, offset),
+        view.rope.frequencies(view.keys.device, view.keys.shape[-1]),
+        _target_rotary(policy, sources["cardinality"], order, offset),
         packed.table("start"), *(packed.columns[name] for name in ROW_COLUMNS),
         [packed.columns[name] for name in view.statistics],
     )  # fmt: skip

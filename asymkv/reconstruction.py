@@ -75,16 +75,16 @@ class Replay:
         Args:
             q: ``[B, H, t, D]`` before RoPE.
             k: ``[B, H_kv, t, D]`` before RoPE.
-            v: ``[B, H_kv, t, D]``.
+            v: ``[B, H_kv, t, D]``, or in the stored size.
             hidden: ``[B, t, hidden_size]``, what they were projected from.
 
         Returns:
-            ``[B, H, t, D]``.
+            ``[B, H, t, D]``, of the size of ``v``.
         """  # fmt: skip
         step = cache.step
         assert step is not None
         rotary = None if layer.policy == "original" else rotary_of_new(layer, step, k)
-        q, k = rotate_new(cache, step, rotary, q, k)
+        q, k = rotate_new(cache, layer, step, rotary, q, k)
         self._score(layer, step, q, k, hidden, scale)
         past, past_lse = ragged_attention(q, layer, scale=scale, backend=cache.backend)
         own, own_lse = causal_attention(q, k, v, scale)

@@ -66,6 +66,7 @@ def save(cache: CompressedCache, path: str | Path, model: PreTrainedModel) -> No
         "format": FORMAT,
         "model": fingerprint(model),
         "config": cache.config.to_dict(),
+        "basis_sha256": cache.basis_sha256,
         "tail": cache.tail.tolist(),
         "state": {name: getattr(cache, name) for name in _STATE},
         "layers": layers,
@@ -94,6 +95,9 @@ def load(path: str | Path, model: PreTrainedModel) -> CompressedCache:
         raise ValueError(f"{folder / ROWS} is damaged: its sha256 is not the one in {MANIFEST}")
     tensors = load_file(folder / ROWS, device=str(model.device))
     cache = CompressedCache.for_model(CompressionConfig(**manifest["config"]), model)
+    if cache.basis_sha256 != manifest.get("basis_sha256"):
+        raise ValueError(f"the rows in {folder} are in the coordinates of the basis {manifest.get('basis_sha256')}, "
+                         f"not of {cache.basis_sha256}; point dimensions.basis to the one that they were written with")
     for name in _STATE:
         setattr(cache, name, manifest["state"][name])
     cache.tail = torch.tensor(manifest["tail"], dtype=torch.bool).view(len(cache.prompt_tokens), -1)

@@ -22,6 +22,7 @@ from asymkv.methods.streaming_llm import StreamingLLM
 from asymkv.methods.tova import TOVA
 from asymkv.methods.uncomp import UNComp
 from asymkv.methods.value_merge import ValueMerge
+from asymkv.methods.zack import Zack
 
 METHODS: dict[str, type[Method]] = {
     "adakv": AdaKV,
@@ -49,6 +50,7 @@ METHODS: dict[str, type[Method]] = {
     "tova": TOVA,
     "uncomp": UNComp,
     "value_merge": ValueMerge,
+    "zack": Zack,
 }
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from asymkv.offload import weight_of
+
 
 @dataclass(frozen=True)
 class FamilyAdapter:
@@ -36,9 +38,32 @@ class FamilyAdapter:
     def project(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values before RoPE: ``[B, H, t, D]``, ``[B, H_kv, t, D]``, ``[B, H_kv, t, D]``."""
         shape = (*hidden.shape[:-1], -1, attention.head_dim)
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        q, k, v = (p(hidden).view(shape).transpose(1, 2) for p in projections)
-        return q, k, v
+        q, k = self.project_keys(attention, hidden)
+        return q, k, attention.v_proj(hidden).view(shape).transpose(1, 2)
+
+    def project_keys(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys alone, where values come from other weights."""
+        shape = (*hidden.shape[:-1], -1, attention.head_dim)
+        q, k = (p(hidden).view(shape).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
+        return q, k
+
+    def output(self, attention: Any, heads: Tensor) -> Tensor:
+        """Output projection of the heads' results ``[B, t, H * D]``: ``[B, t, hidden_size]``."""
+        return attention.o_proj(heads)
+
+    def output_weight(self, attention: Any) -> Tensor:
+        """``[hidden_size, H * D]``."""
+        return weight_of(attention.o_proj)
+
+    def weights(self, attention: Any) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Weights ``[out, in]`` and biases ``[out]`` of "query", "key", "value" and "output", to be folded.
+
+        Raises:
+            ValueError: for projections that are quantised, adapted or offloaded.
+        """
+        projections = {"query": attention.q_proj, "key": attention.k_proj, "value": attention.v_proj,
+                       "output": attention.o_proj}  # fmt: skip
+        return {name: _plain(name, linear) for name, linear in projections.items()}
 
     def decoder(self, lm: Any) -> nn.Module:
         """The decoder stack: returns hidden states after the final norm."""
@@ -73,3 +98,13 @@ class FamilyAdapter:
                 f"{self.model_type}: {found} cannot run on a compressed cache; allowed: full attention in every layer "
                 "(set sliding_window=None, or use_sliding_window=False, if the model was trained for it)"
             )
+
+
+def _plain(name: str, linear: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a linear module."""
+    weight = getattr(linear, "weight", None)
+    if type(linear) is not nn.Linear or not linear.weight.is_floating_point() or linear.weight.device.type == "meta":
+        stored = f"{weight.dtype} on {weight.device}" if isinstance(weight, Tensor) else "no weight of its own"
+        raise ValueError("weights can be folded into plain linear projections that are not offloaded; found for "
+                         f"{name} {type(linear).__name__}, {stored}")
+    return linear.weight, linear.bias

@@ -13,6 +13,7 @@ from tiny_models import (
     prompt,
     tiny_model,
 )
+from zack_bases import zack
 
 import asymkv
 from asymkv.methods import METHODS
@@ -51,6 +52,10 @@ VARIANTS = {
     "razor-window": {"method": "razor", "head_scores": HEAD_SCORES, "window_size": 8},
     "razor-unbiased": {"method": "razor", "head_scores": HEAD_SCORES, "count_bias": False, "mean_after_rope": False},
     "duo-half": {"method": "duo_attention", "head_scores": HEAD_SCORES, "sparsity": 0.5, "window_size": 8},
+    "zack": {"method": "zack", "dimensions": zack(1.0)},
+    "zack-folded": {"method": "zack", "dimensions": zack(1.0, fold=True)},
+    "zack-h2o": {"method": "h2o", "dimensions": zack(1.0)},
+    "zack-error": {"method": "asymkv", "dimensions": zack(1.0), "pair_rule": "output_error", "curvature": "output"},
     "uncomp-avg": {"method": "uncomp", "head_scores": HEAD_SCORES, "groups": 3, "pooling": "avg", "kernel_size": 5},
 }
 # What a family changes is the same for all methods: variants run on one family, and whole conversations of a few
@@ -148,7 +153,7 @@ def test_padded_batch_equals_rows_alone(family, variant):
                             torch.ones_like(follow_alone[row]))  # fmt: skip
             assert_close("logits", ref[0], logits[row], 1e-6)
             assert_same_rows(one, cache, row_b=row, rtol=1e-6)
-            if variant != "full":
+            if cache.config.options.compresses:
                 held = torch.stack([cache.num_rows(layer)[row] for layer in range(2)]).double().mean()
                 assert cache.compactions and held < 0.8 * cache.tokens_seen[row]
     assert cache.tokens_seen.tolist() == [a + 12 + b for a, b in zip(lengths, [60, 40, 9], strict=True)]
