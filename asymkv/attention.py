@@ -123,7 +123,7 @@ def observe(cache: CompressedCache, layer: CompressedLayer, step: Step, seen: Se
         return
     if needs & {"queries", "attention"}:
         assert seen.queries is not None and seen.positions is not None
-        layer.remember(seen.queries, seen.positions)
+        layer.remember(seen.queries, seen.positions, cache.config.options.query_window)
     if "attention" in needs and layer.ring is not None and (due or layer.ring.full):
         _flush(cache, layer, scale)
     if due:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from asymkv.budgets import capacity_for
 from asymkv.models._compat import LayerBase
-from asymkv.observations import QueryRing, attention_mass
+from asymkv.observations import QUERY_WINDOW, QueryRing, attention_mass
 from asymkv.plan import CompactionPlan, execute, rotary_positions
 from asymkv.rope import Rope
 from asymkv.storage import ROW_COLUMNS, RaggedStorage
@@ -234,10 +234,10 @@ class CompressedLayer(LayerBase):
         if self.ring is not None:
             self.ring.forget([self.heads_of(row) != held for row, held in enumerate(before)])
 
-    def remember(self, query: Tensor, positions: Tensor) -> None:
-        """Keeps a decode query ``[B, H, 1, D]`` for the next compaction."""
+    def remember(self, query: Tensor, positions: Tensor, window: int = QUERY_WINDOW) -> None:
+        """Keeps a decode query ``[B, H, 1, D]`` for the next compaction, the newest ``window`` at most."""
         if self.ring is None:
-            self.ring = QueryRing(query)
+            self.ring = QueryRing(query, window)
         self.ring.push(query, positions)
 
     def accumulate_mass(self, view: RowView) -> None:

@@ -160,7 +160,7 @@ def _unpack(layer: CompressedLayer, saved: dict[str, Any], tensors: dict[str, Te
     layer.storage, layer.is_initialized = storage, True
     layer.tokens, layer.columns_seen = list(saved["tokens"]), saved["columns_seen"]
     if ring:
-        layer.ring = QueryRing(ring["queries"])
+        layer.ring = QueryRing(ring["queries"], ring["queries"].shape[2])
         layer.ring.queries.copy_(ring["queries"])
         layer.ring.positions.copy_(ring["positions"])
         layer.ring.cursor = saved["ring_cursor"]

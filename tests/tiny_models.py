@@ -11,8 +11,11 @@ from asymkv.models import families, get_adapter
 
 FAMILIES = families()
 VOCAB = 128
-# What a method needs on a model without a tokenizer: the request to repeat, as token ids.
-OPTIONS = {"kvzip": {"repeat_ids": (5, 90, 17), "continue_ids": (5, 91), "suffix_ids": (33,), "replay_chunk": 70}}
+# What a method needs on a tiny model: intervals that a short text reaches; the request to repeat, as token ids.
+OPTIONS = {
+    "aagc": {"pruning_interval": 32, "lookback_window": 16},
+    "kvzip": {"repeat_ids": (5, 90, 17), "continue_ids": (5, 91), "suffix_ids": (33,), "replay_chunk": 70},
+}
 # One score per layer and KV head of a tiny model; the best head is not in layer 0.
 HEAD_SCORES = [[0.1, 0.2], [0.9, 0.3]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asymkv.methods.aagc import AAGC
 from asymkv.methods.asymkv import AsymKV
 from asymkv.methods.asymkv_controls import AsymKVEvict, AsymKVSymmetric
 from asymkv.methods.base import Method
@@ -24,6 +25,7 @@ from asymkv.methods.uncomp import UNComp
 from asymkv.methods.value_merge import ValueMerge
 
 METHODS: dict[str, type[Method]] = {
+    "aagc": AAGC,
     "adakv": AdaKV,
     "asymkv": AsymKV,
     "asymkv_evict": AsymKVEvict,

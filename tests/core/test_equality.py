@@ -20,6 +20,9 @@ from asymkv.methods import METHODS
 # Variants of a method whose contracts are checked beside its defaults.
 VARIANTS = {
     **{name: {"method": name, **OPTIONS.get(name, {}), **head_scores(cls)} for name, cls in METHODS.items()},
+    "aagc-derotate": {"method": "aagc", **OPTIONS["aagc"], "rope_mode": "derotate", "kmeans_iters": 2},
+    "aagc-global": {"method": "aagc", **OPTIONS["aagc"], "score_scope": "global", "kmeans_update": "ema"},
+    "aagc-seed": {"method": "aagc", **OPTIONS["aagc"], "seed_compat": True, "num_clusters": 12},
     "asymkv-loss": {"method": "asymkv", "curvature": "loss"},
     "asymkv-output": {"method": "asymkv", "curvature": "output"},
     "asymkv-error": {"method": "asymkv", "key_weights": "output_error", "pair_rule": "output_error"},
