@@ -32,13 +32,13 @@ def attention_forward(
         raise ValueError("a CompressedCache is driven by the causal LM's forward; call the LM, not its decoder alone")
     layer = cache.layers[module.layer_idx]
     if "output_weight" in cache.config.options.needs:
-        layer.output_weight = module.o_proj.weight
+        layer.output_weight = adapter.output_weight(module)
     q, k, v = adapter.project(module, hidden)
     if cache.step.replay is not None:
-        out = cache.step.replay.attend(cache, layer, q, k, v, hidden, module.scaling)
+        out = cache.step.replay.attend(cache, layer, q, k, v, hidden, adapter.scale(module))
     else:
-        out = attend(cache, layer, q, k, v, module.scaling)
-    return module.o_proj(out.transpose(1, 2).reshape(*hidden.shape[:-1], -1)), None
+        out = attend(cache, layer, q, k, v, adapter.scale(module))
+    return adapter.output(module, out.transpose(1, 2).reshape(*hidden.shape[:-1], -1)), None
 
 
 @dataclass

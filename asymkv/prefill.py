@@ -234,7 +234,7 @@ def _run_chunk(
             **({"inputs_embeds": inputs} if call.embedded else {"input_ids": inputs}),
             # A 4D mask is handed through as it is: no [t, T] mask is built, and our attention needs none.
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.device),
-            position_ids=this.positions,
+            position_ids=adapter.position_ids(lm, this.positions, this.query_positions(this.positions.device) >= 0),
             past_key_values=cache,
             use_cache=True,
             **call.extra,

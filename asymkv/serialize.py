@@ -35,11 +35,11 @@ def fingerprint(model: PreTrainedModel, *, any_dtype: bool = False) -> dict[str,
         model: the model.
         any_dtype: hash the weights' signs, which a model keeps in whatever dtype it is loaded.
     """
-    attention = [m for m in model.modules() if isinstance(m, get_adapter(model.config.model_type).attention_class())]
+    adapter = get_adapter(model.config.model_type)
+    attention = [m for m in model.modules() if isinstance(m, adapter.attention_class())]
     digest = hashlib.sha256()
     for layer in (attention[0], attention[-1]):
-        weight: Tensor = layer.k_proj.weight  # type: ignore[union-attr, assignment]
-        values = weight.detach().float()
+        values = adapter.key_weight(layer).detach().float()
         digest.update((values.signbit() if any_dtype else values).cpu().numpy().tobytes())
     return {
         "model_type": model.config.model_type,

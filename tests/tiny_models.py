@@ -22,7 +22,7 @@ HEAD_SCORES = [[0.1, 0.2], [0.9, 0.3]]
 
 def tiny_config(family: str, **overrides):
     adapter = get_adapter(family)
-    name = adapter.causal_lm.removesuffix("ForCausalLM") + "Config"
+    name = adapter.causal_lm.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "Config"
     cls = getattr(importlib.import_module(f"transformers.models.{family}.configuration_{family}"), name)
     settings = {
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -31,6 +31,9 @@ def tiny_config(family: str, **overrides):
     }  # fmt: skip
     if family == "mistral":
         settings["sliding_window"] = None
+    if family == "gpt2":
+        settings["num_attention_heads"] = settings.pop("num_key_value_heads")  # every head has keys of its own
+        settings["n_inner"] = settings.pop("intermediate_size")
     if family == "llama":
         settings["attention_bias"] = True
     return cls(**{**settings, **overrides})
@@ -43,6 +46,9 @@ def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = tor
         for name, p in model.named_parameters():
             if "q_proj" in name or "k_proj" in name:
                 p.normal_(std=0.35)  # logits of several units: attention that picks
+            elif name.endswith("c_attn.weight"):
+                p.normal_(std=0.15)
+                p[:, : 2 * p.shape[0]] *= 0.35 / 0.15
             elif name.endswith("bias"):
                 p.normal_(std=0.3)
             elif p.ndim > 1:

@@ -40,6 +40,22 @@ class FamilyAdapter:
         q, k, v = (p(hidden).view(shape).transpose(1, 2) for p in projections)
         return q, k, v
 
+    def output(self, attention: Any, heads: Tensor) -> Tensor:
+        """Output projection of the heads' results ``[B, t, H * D]``: ``[B, t, hidden_size]``."""
+        return attention.o_proj(heads)
+
+    def output_weight(self, attention: Any) -> Tensor:
+        """``[hidden_size, H * D]``."""
+        return attention.o_proj.weight
+
+    def key_weight(self, attention: Any) -> Tensor:
+        """The weight that keys are projected by, to know a model again."""
+        return attention.k_proj.weight
+
+    def scale(self, attention: Any) -> float:
+        """Factor of the logits."""
+        return attention.scaling
+
     def decoder(self, lm: Any) -> nn.Module:
         """The decoder stack: returns hidden states after the final norm."""
         return lm.model
@@ -51,6 +67,15 @@ class FamilyAdapter:
     def rotary(self, lm: Any) -> nn.Module:
         """The rotary embedding module."""
         return lm.model.rotary_emb
+
+    def position_ids(self, lm: Any, positions: Tensor, present: Tensor) -> Tensor:
+        """What the decoder takes as ``position_ids``.
+
+        Args:
+            positions: ``[B, t]`` own-token positions.
+            present: ``[B, t]`` bool, False where a column is no token.
+        """
+        return positions
 
     def logits(self, lm: Any, hidden: Tensor) -> Tensor:
         """Logits of hidden states ``[B, t, hidden_size]``."""
