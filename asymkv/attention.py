@@ -12,7 +12,7 @@ from asymkv.budgets.heads import Judged
 from asymkv.cache import CompressedCache, Step
 from asymkv.layer import CompressedLayer, Judgement
 from asymkv.models.adapter import FamilyAdapter
-from asymkv.ops import differentiable_attention, ragged_attention, row_bias
+from asymkv.ops import differentiable_attention, row_bias
 from asymkv.rope import apply_rope
 from asymkv.view import RowView
 
@@ -97,9 +97,7 @@ def attend(cache: CompressedCache, layer: CompressedLayer, q: Tensor, k: Tensor,
     layer.append_packed(k, v, positions, step.counts, step.arrived)
     cache.measure(layer)
     several = positions.shape[1] > 1
-    out, lse = ragged_attention(
-        q, layer, query_positions=positions if several else None, counts=step.counts, scale=scale, backend=cache.backend
-    )
+    out, lse = layer.attend(q, positions if several else None, step.counts, scale, cache.backend)
     seen = Seen(q, step.query_positions(q.device), out, lse, raw)
     if step.narrowing is not None:
         following = cache.reaching(layer.index + 1, step.counts)
@@ -159,7 +157,8 @@ def compact_due(cache: CompressedCache, layer: CompressedLayer, step: Step, seen
     view = seen.on(layer.view(cache.rope, scale, prompt=step.prompt))
     view.requests = step.requests
     if cache.deferred:
-        cost, free = method.judge(layer.with_budget(view, step.limits[layer.index]))
+        with torch.no_grad(), torch.autocast(view.keys.device.type, enabled=False):
+            cost, free = method.judge(layer.with_budget(view, step.limits[layer.index]))
         layer.judgement = Judgement(cost, free, view.evidence, scale)
         return
     layer.compact(method, view, step.limits[layer.index], cache.head_split)
@@ -176,7 +175,9 @@ def settle(cache: CompressedCache, step: Step) -> None:
     if silent:
         raise RuntimeError(f"layers {silent} did not judge their rows, so that nothing would be compacted")
     views, judged = [], []
-    home = cache.layers[0].storage.device
+    first = waiting[0]
+    assert first is not None
+    home = first.cost.device
     for layer, found in zip(cache.layers, waiting, strict=True):
         assert found is not None
         limit = [n if due else None for n, due in zip(step.limits[layer.index], step.due, strict=True)]

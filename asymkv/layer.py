@@ -12,6 +12,7 @@ from torch import Tensor
 from asymkv.budgets import capacity_for
 from asymkv.models._compat import LayerBase
 from asymkv.observations import QUERY_WINDOW, QueryRing, attention_mass
+from asymkv.ops import ragged_attention
 from asymkv.plan import CompactionPlan, execute, rotary_positions
 from asymkv.rope import Rope
 from asymkv.storage import ROW_COLUMNS, RaggedStorage
@@ -150,6 +151,14 @@ class CompressedLayer(LayerBase):
         flat["position"] = positions.int()[:, None].expand(-1, keys.shape[1], -1).flatten(0, 1)
         self.storage.append(flat, [c for c in counts for _ in range(keys.shape[1])])
         self.tokens = [n + c for n, c in zip(self.tokens, arrived or counts, strict=True)]
+
+    def attend(
+        self, query: Tensor, query_positions: Tensor | None, counts: list[int], scale: float, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of rotated queries ``[B, H, t, D]`` over the rows, see :func:`asymkv.ops.ragged_attention`."""
+        return ragged_attention(
+            query, self, query_positions=query_positions, counts=counts, scale=scale, backend=backend
+        )
 
     # -- positions -----------------------------------------------------------------------------------------------
     def next_rotary(self) -> Tensor:
