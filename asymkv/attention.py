@@ -13,7 +13,7 @@ from asymkv.cache import CompressedCache, Step
 from asymkv.dimensions import Projection
 from asymkv.layer import CompressedLayer, Judgement
 from asymkv.models.adapter import FamilyAdapter
-from asymkv.ops import differentiable_attention, ragged_attention, row_bias
+from asymkv.ops import differentiable_attention, row_bias
 from asymkv.rope import apply_rope
 from asymkv.view import RowView
 
@@ -39,9 +39,9 @@ def attention_forward(
         layer.output_weight = projection.output_weight(adapter.output_weight(module))
     q, k, v = projection.project(adapter, module, hidden)
     if cache.step.replay is not None:
-        out = cache.step.replay.attend(cache, layer, q, k, v, hidden, module.scaling)
+        out = cache.step.replay.attend(cache, layer, q, k, v, hidden, adapter.scale(module))
     else:
-        out = attend(cache, layer, q, k, v, module.scaling)
+        out = attend(cache, layer, q, k, v, adapter.scale(module))
     return projection.output(adapter, module, out), None
 
 
@@ -101,9 +101,7 @@ def attend(cache: CompressedCache, layer: CompressedLayer, q: Tensor, k: Tensor,
     layer.append_packed(k, v, positions, step.counts, step.arrived)
     cache.measure(layer)
     several = positions.shape[1] > 1
-    out, lse = ragged_attention(
-        q, layer, query_positions=positions if several else None, counts=step.counts, scale=scale, backend=cache.backend
-    )
+    out, lse = layer.attend(q, positions if several else None, step.counts, scale, cache.backend)
     seen = Seen(q, step.query_positions(q.device), out, lse, raw)
     if step.narrowing is not None:
         following = cache.reaching(layer.index + 1, step.counts)
@@ -127,7 +125,7 @@ def observe(cache: CompressedCache, layer: CompressedLayer, step: Step, seen: Se
         return
     if needs & {"queries", "attention"}:
         assert seen.queries is not None and seen.positions is not None
-        layer.remember(seen.queries, seen.positions)
+        layer.remember(seen.queries, seen.positions, cache.config.options.query_window)
     if "attention" in needs and layer.ring is not None and (due or layer.ring.full):
         _flush(cache, layer, scale)
     if due:
@@ -163,7 +161,8 @@ def compact_due(cache: CompressedCache, layer: CompressedLayer, step: Step, seen
     view = seen.on(layer.view(cache.rope, scale, prompt=step.prompt))
     view.requests = step.requests
     if cache.deferred:
-        cost, free = method.judge(layer.with_budget(view, step.limits[layer.index]))
+        with torch.no_grad(), torch.autocast(view.keys.device.type, enabled=False):
+            cost, free = method.judge(layer.with_budget(view, step.limits[layer.index]))
         layer.judgement = Judgement(cost, free, view.evidence, scale)
         return
     layer.compact(method, view, step.limits[layer.index], cache.head_split)
@@ -180,7 +179,9 @@ def settle(cache: CompressedCache, step: Step) -> None:
     if silent:
         raise RuntimeError(f"layers {silent} did not judge their rows, so that nothing would be compacted")
     views, judged = [], []
-    home = cache.layers[0].storage.device
+    first = waiting[0]
+    assert first is not None
+    home = first.cost.device
     for layer, found in zip(cache.layers, waiting, strict=True):
         assert found is not None
         limit = [n if due else None for n, due in zip(step.limits[layer.index], step.due, strict=True)]

@@ -18,19 +18,19 @@ from asymkv.ops import rows as row_ops
 from asymkv.view import RowView
 
 BLOCK_ELEMENTS = 1 << 19  # logits in memory at a time: 2 MiB in fp32, the size of a core's cache
-QUERY_WINDOW = 32  # queries remembered in decode
+QUERY_WINDOW = 32  # queries remembered in decode, where the method does not ask for more
 
 
 class QueryRing:
-    """The last ``QUERY_WINDOW`` decode queries of a layer since its last compaction.
+    """The last ``size`` decode queries of a layer since its last compaction.
 
     ``queries [B, H, W, D]`` and ``positions [B, W]`` (-1 = empty slot).
     """
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Tensor, size: int = QUERY_WINDOW) -> None:
         batch, heads, _, dim = like.shape
-        self.queries = like.new_zeros(batch, heads, QUERY_WINDOW, dim)
-        self.positions = torch.full((batch, QUERY_WINDOW), -1, dtype=torch.long, device=like.device)
+        self.queries = like.new_zeros(batch, heads, size, dim)
+        self.positions = torch.full((batch, size), -1, dtype=torch.long, device=like.device)
         self.cursor = 0
 
     @property
@@ -39,11 +39,11 @@ class QueryRing:
 
     @property
     def full(self) -> bool:
-        return self.cursor == QUERY_WINDOW
+        return self.cursor == self.positions.shape[1]
 
     def push(self, query: Tensor, positions: Tensor) -> None:
         """Adds one query per row: ``[B, H, 1, D]`` at ``positions [B, 1]``; the oldest gives way."""
-        slot = self.cursor % QUERY_WINDOW
+        slot = self.cursor % self.positions.shape[1]
         self.queries[:, :, slot] = query[:, :, 0]
         self.positions[:, slot] = positions[:, 0]
         self.cursor += 1

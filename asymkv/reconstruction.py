@@ -276,10 +276,11 @@ def replay(
     positions, tables = cache.next_positions(counts, ids.device, lm.dtype)
     begin, end = torch.tensor(ranges, device=ids.device).unbind(1)
     cache.step = Step(counts, positions, tables, [], [], [], prompt=True, replay=Replay(begin, end, anchor, weigh))
+    present = cache.step.query_positions(ids.device) >= 0
     adapter.decoder(lm)(
         input_ids=ids,
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
-        position_ids=positions,
+        position_ids=adapter.position_ids(lm, positions, present),
         past_key_values=cache,
         use_cache=True,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asymkv.methods.aagc import AAGC
 from asymkv.methods.asymkv import AsymKV
 from asymkv.methods.asymkv_controls import AsymKVEvict, AsymKVSymmetric
 from asymkv.methods.base import Method
@@ -25,6 +26,7 @@ from asymkv.methods.value_merge import ValueMerge
 from asymkv.methods.zack import Zack
 
 METHODS: dict[str, type[Method]] = {
+    "aagc": AAGC,
     "adakv": AdaKV,
     "asymkv": AsymKV,
     "asymkv_evict": AsymKVEvict,

@@ -63,7 +63,15 @@ class FamilyAdapter:
         """
         projections = {"query": attention.q_proj, "key": attention.k_proj, "value": attention.v_proj,
                        "output": attention.o_proj}  # fmt: skip
-        return {name: _plain(name, linear) for name, linear in projections.items()}
+        return {name: plain(name, linear) for name, linear in projections.items()}
+
+    def key_weight(self, attention: Any) -> Tensor:
+        """The weight that keys are projected by, to know a model again."""
+        return weight_of(attention.k_proj)
+
+    def scale(self, attention: Any) -> float:
+        """Factor of the logits."""
+        return attention.scaling
 
     def decoder(self, lm: Any) -> nn.Module:
         """The decoder stack: returns hidden states after the final norm."""
@@ -76,6 +84,15 @@ class FamilyAdapter:
     def rotary(self, lm: Any) -> nn.Module:
         """The rotary embedding module."""
         return lm.model.rotary_emb
+
+    def position_ids(self, lm: Any, positions: Tensor, present: Tensor) -> Tensor:
+        """What the decoder takes as ``position_ids``.
+
+        Args:
+            positions: ``[B, t]`` own-token positions.
+            present: ``[B, t]`` bool, False where a column is no token.
+        """
+        return positions
 
     def logits(self, lm: Any, hidden: Tensor) -> Tensor:
         """Logits of hidden states ``[B, t, hidden_size]``."""
@@ -100,10 +117,14 @@ class FamilyAdapter:
             )
 
 
-def _plain(name: str, linear: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a linear module."""
+def plain(name: str, linear: Any, kind: Any = nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias, as they are stored, of a projection that is nothing but them.
+
+    Raises:
+        ValueError: for one that is quantised, adapted or offloaded.
+    """
     weight = getattr(linear, "weight", None)
-    if type(linear) is not nn.Linear or not linear.weight.is_floating_point() or linear.weight.device.type == "meta":
+    if type(linear) is not kind or not linear.weight.is_floating_point() or linear.weight.device.type == "meta":
         stored = f"{weight.dtype} on {weight.device}" if isinstance(weight, Tensor) else "no weight of its own"
         raise ValueError("weights can be folded into plain linear projections that are not offloaded; found for "
                          f"{name} {type(linear).__name__}, {stored}")

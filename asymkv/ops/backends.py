@@ -184,9 +184,9 @@ def _cpp(p: Problem) -> tuple[Tensor, Tensor]:
     if p.positions is not None:
         position = rows.columns["position"]
         at = p.positions[:, None, None].expand(batch, p.kv_heads, heads // p.kv_heads, queries)
-        at = at.reshape(rows.heads, grouped)
+        at = at.reshape(rows.heads, grouped).contiguous()
     out, lse = torch.ops.asymkv.lma_decode(
-        p.query.reshape(rows.heads, grouped, dim), rows.columns["keys"], rows.columns["values"],
+        p.query.reshape(rows.heads, grouped, dim).contiguous(), rows.columns["keys"], rows.columns["values"],
         rows.columns["log_n"] if rows.merged else None, rows.table("start"), rows.table("length"), p.scale, position,
         at,
     )  # fmt: skip

@@ -21,6 +21,9 @@ from asymkv.methods import METHODS
 # Variants of a method whose contracts are checked beside its defaults.
 VARIANTS = {
     **{name: {"method": name, **OPTIONS.get(name, {}), **head_scores(cls)} for name, cls in METHODS.items()},
+    "aagc-derotate": {"method": "aagc", **OPTIONS["aagc"], "rope_mode": "derotate", "kmeans_iters": 2},
+    "aagc-global": {"method": "aagc", **OPTIONS["aagc"], "score_scope": "global", "kmeans_update": "ema"},
+    "aagc-seed": {"method": "aagc", **OPTIONS["aagc"], "seed_compat": True, "num_clusters": 12},
     "asymkv-loss": {"method": "asymkv", "curvature": "loss"},
     "asymkv-output": {"method": "asymkv", "curvature": "output"},
     "asymkv-error": {"method": "asymkv", "key_weights": "output_error", "pair_rule": "output_error"},
@@ -60,8 +63,10 @@ VARIANTS = {
 }
 # What a family changes is the same for all methods: variants run on one family, and whole conversations of a few
 # methods on the others.
-DEFAULTS_EVERYWHERE = [(f, v) for v in VARIANTS for f in FAMILIES if f == "llama" or v in METHODS]
-FEW_EVERYWHERE = [(f, v) for v in VARIANTS for f in FAMILIES if f == "llama" or v in ("asymkv", "h2o", "snapkv")]
+FEW = ("asymkv", "h2o", "snapkv")
+DEFAULTS_EVERYWHERE = [(f, v) for v in VARIANTS for f in FAMILIES
+                       if f == "llama" or v in ({*FEW, "aagc", "kvzip"} if f == "gpt2" else METHODS)]  # fmt: skip
+FEW_EVERYWHERE = [(f, v) for v in VARIANTS for f in FAMILIES if f == "llama" or v in FEW]
 
 
 def chunked(variant: str, size: int) -> dict:
@@ -91,11 +96,11 @@ def test_decode_matches_recompute(family):
     assert_close("decode", ref[:, 80:], torch.cat(steps, 1), 1e-5)
 
 
-@pytest.mark.parametrize("size", [1, 7, 64])
-def test_chunked_prefill_matches_one_shot(size):
-    model = tiny_model()
+@pytest.mark.parametrize(("family", "size"), [("llama", 1), ("llama", 7), ("llama", 64), ("gpt2", 7)])
+def test_chunked_prefill_matches_one_shot(family, size):
+    model = tiny_model(family)
     ref = model(prompt(100)).logits
-    with asymkv.replace("llama", method="full", chunk_size=size):
+    with asymkv.replace(family, method="full", chunk_size=size):
         assert_close("logits", ref, model(prompt(100)).logits, 1e-5)
 
 

@@ -23,6 +23,10 @@ TOKENS, BUDGET, CHUNK, STEPS, TURN = 140, 48, 32, 6, 40
 SHIPPED = sorted(p.stem for p in (config_root() / "methods").glob("*.yaml"))
 # Settings that no file ships: mergers that count what they merge, and other splits.
 EXTRA = {
+    "aagc_derotate": {"method": "aagc", "rope_mode": "derotate", "kmeans_iters": 3},
+    "aagc_ema": {"method": "aagc", "kmeans_update": "ema", "count_bias": False, "kmeans_learning_rate": 0.3},
+    "aagc_global": {"method": "aagc", "score_scope": "global"},
+    "aagc_layer": {"method": "aagc", "score_scope": "layer"},
     "asymkv_error": {"method": "asymkv", "key_weights": "output_error", "pair_rule": "output_error"},
     "asymkv_global": {"method": "asymkv", "layer_budgets": "global"},
     "asymkv_symmetric_attention": {"method": "asymkv_symmetric", "key_weights": "attention"},
@@ -45,6 +49,7 @@ SETTINGS = [*METHODS, *(name for name in SHIPPED if name not in METHODS), *EXTRA
 SMALL: dict[str, dict[str, Any]] = {
     "zack": {"dimensions": zack()},
     "snapkv_zack": {"dimensions": zack(fold=True)},
+    "aagc_seed": {"num_clusters": 12},
     "asymkv_upstream": {"chunk_size": CHUNK},
     "duo_attention_paper": {"sink_size": 4, "recent_size": 12, "window_size": 8},
     "razor_paper": {"least_recent": 12, "window_size": 8},

@@ -33,6 +33,9 @@ from asymkv.methods import METHODS
 CELLS = LAYERS * HEADS
 # Rows may differ from the budget, and by how many in the whole cache: (fewer, more); None = the budget is not asked.
 ROWS = {
+    # What is kept is folded at once, and the head fills up again.
+    **dict.fromkeys(["aagc", "aagc_derotate", "aagc_ema", "aagc_global", "aagc_layer"], (BUDGET * CELLS, 0)),
+    "aagc_seed": (BUDGET * CELLS, 0),
     "asymkv_upstream": (0, 32 * CELLS),  # the last chunk stays whole
     "duo_attention_paper": None,  # published shares
     "razor_paper": None,
@@ -44,13 +47,13 @@ ROWS = {
 # Nothing but chunks is protected: the window's chunk ranks highest, and may be cut from by the ratio.
 UNPROTECTED = {"kvpress_chunkkv"}
 # What a merger changes beside the rows that it merges.
-MERGERS = {"asymkv", "asymkv_symmetric", "cam", "d2o", "kvmerger", "razor", "value_merge"}
+MERGERS = {"aagc", "asymkv", "asymkv_symmetric", "cam", "d2o", "kvmerger", "razor", "value_merge"}
 KEYS_STAY = {"cam", "cam_streaming", "cam_counts", "value_merge", "value_merge_counts"}
 # Cardinalities of a head sum to its tokens.
 COUNTS_ALL = {"asymkv", "asymkv_zack", "asymkv_adaptive", "asymkv_paper", "asymkv_error", "asymkv_global",
               "kvmerger_counts", "razor", "razor_paper", "value_merge_counts", "full"}  # fmt: skip
 # A cardinality counts tokens, and some tokens are dropped with theirs.
-COUNTS_SOME = {"asymkv_upstream", "cam_counts", "d2o_counts"}
+COUNTS_SOME = {"aagc", "aagc_derotate", "aagc_global", "aagc_layer", "asymkv_upstream", "cam_counts", "d2o_counts"}
 
 
 @functools.cache

@@ -61,14 +61,20 @@ def still_model():
     return model
 
 
-@pytest.mark.parametrize(("make", "fold"), [(tiny_model, True), (still_model, True), (still_model, "all")])
+def gpt2_model():
+    return tiny_model("gpt2")
+
+
+@pytest.mark.parametrize(("make", "fold"), [(tiny_model, True), (still_model, True), (still_model, "all"),
+                                              (gpt2_model, True), (gpt2_model, "all")])  # fmt: skip
 def test_folded_weights_do_what_rotation_does(make, fold):
     """Prefill, decode and stored rows; biases included, ranks of their own per head."""
     model, ids = make(), prompt(60)
     found = {}
     for how in (False, fold):
         rows = zack(0.5, ranks="energy", multiple=2, least=2, fold=how)
-        with asymkv.replace("llama", model=model, method="h2o", budget=40, window_size=8, dimensions=rows):
+        family = model.config.model_type
+        with asymkv.replace(family, model=model, method="h2o", budget=40, window_size=8, dimensions=rows):
             out = model(ids[:, :50])
             steps = [model(ids[:, i : i + 1], past_key_values=out.past_key_values).logits for i in range(50, 60)]
         found[how] = out.past_key_values, torch.cat([out.logits, *steps], 1)
