@@ -41,7 +41,8 @@ class TrainSettings:
         max_grad_norm: gradients are scaled down to this norm; 0 = not.
         seed: of the order of the text.
         logging_steps, save_steps: updates between log lines, and between checkpoints (0 = only at the end).
-        eval_steps: updates between validations; None = after every epoch; 0 = never.
+        eval_steps: updates between validations, with one before the first update and one at the end; None = after
+            every epoch; 0 = never.
         keep_checkpoints: how many stay.
     """
 
@@ -125,11 +126,13 @@ class Trainer:
         """
         bar = progress(total=self.total, initial=self.step, disable=not self.accelerator.is_main_process, desc="train")
         found: dict[str, float] = {}
+        s = self.settings
+        if self.step == 0 and self.validation is not None and s.eval_steps != 0:
+            self.log({"step": 0, **self.evaluate()})  # what training is to be compared with
         while self.step < self.total:
             seen = self._update()
             self.step += 1
             bar.update()
-            s = self.settings
             if self.step % s.logging_steps == 0 or self.step == self.total:
                 bar.set_postfix({k: f"{v:.4f}" for k, v in seen.items()})
                 self.log({"step": self.step, "learning_rate": self.schedule.get_last_lr()[0], **seen})
