@@ -26,6 +26,7 @@ from asymkv.longbench.measure import Protocol, Subject
 from asymkv.longbench.records import RecordFolder
 
 TEXT, SUMMARY, LONGBENCH = "text", "summary", "longbench"
+FINAL = "final_model"  # where scripts/train.py leaves its weights, in its output folder
 KEY_FIELDS = ("kind", "arm", "length", "item")
 logger = logging.getLogger(__name__)
 
@@ -227,10 +228,10 @@ def load_weights(spec: models.ModelSpec, checkpoint: str | None, dtype: str, dev
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
     if checkpoint is None:
         return models.load_model(spec, dtype=kind, device=device)
-    folder = next((f for f in (Path(checkpoint), Path(checkpoint) / "model") if _weights(f)), None)
+    folder = next((f for f in (Path(checkpoint), Path(checkpoint) / FINAL) if _weights(f)), None)
     if folder is None:
         raise ValueError(f"{checkpoint} holds no weights: config.json or adapter_config.json is missing, in it and in "
-                         "its folder model/")
+                         f"its folder {FINAL}/")
     if (folder / "adapter_config.json").is_file():
         from peft import PeftModel
 

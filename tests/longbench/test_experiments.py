@@ -199,7 +199,7 @@ def test_a_distilled_step_runs_on_its_checkpoint(tiny_folder, text_file, tmp_pat
     trained = load_model(ModelSpec("tiny", str(tiny_folder), 2048))
     with torch.no_grad():
         trained.lm_head.weight.mul_(0.5)
-    trained.save_pretrained(tmp_path / "trained" / "model")
+    trained.save_pretrained(tmp_path / "trained" / suite.FINAL)
     only = {**SUITE, "grids": {}}
     plan = ablation_arms(only, SIZES, str(tmp_path / "trained"))
     results = run_suite(options_for(tiny_folder, text_file, tmp_path / "out"), plan)
