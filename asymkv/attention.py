@@ -10,12 +10,14 @@ from torch import Tensor
 
 from asymkv.budgets.heads import Judged
 from asymkv.cache import CompressedCache, Step
+from asymkv.dimensions import Projection
 from asymkv.layer import CompressedLayer, Judgement
 from asymkv.models.adapter import FamilyAdapter
-from asymkv.offload import weight_of
-from asymkv.ops import differentiable_attention, ragged_attention, row_bias
+from asymkv.ops import differentiable_attention, row_bias
 from asymkv.rope import apply_rope
 from asymkv.view import RowView
+
+PLAIN = Projection()  # every dimension, as the model has it
 
 
 def attention_forward(
@@ -32,14 +34,15 @@ def attention_forward(
     if cache.step is None:
         raise ValueError("a CompressedCache is driven by the causal LM's forward; call the LM, not its decoder alone")
     layer = cache.layers[module.layer_idx]
-    if "output_weight" in cache.config.options.needs:
-        layer.output_weight = weight_of(module.o_proj)
-    q, k, v = adapter.project(module, hidden)
+    projection = cache.projections[layer.index] if cache.projections else PLAIN
+    if "output_weight" in cache.config.options.needs and (layer.output_weight is None or not cache.projections):
+        layer.output_weight = projection.output_weight(adapter.output_weight(module))
+    q, k, v = projection.project(adapter, module, hidden)
     if cache.step.replay is not None:
-        out = cache.step.replay.attend(cache, layer, q, k, v, hidden, module.scaling)
+        out = cache.step.replay.attend(cache, layer, q, k, v, hidden, adapter.scale(module))
     else:
-        out = attend(cache, layer, q, k, v, module.scaling)
-    return module.o_proj(out.transpose(1, 2).reshape(*hidden.shape[:-1], -1)), None
+        out = attend(cache, layer, q, k, v, adapter.scale(module))
+    return projection.output(adapter, module, out), None
 
 
 @dataclass
@@ -77,10 +80,10 @@ def attend(cache: CompressedCache, layer: CompressedLayer, q: Tensor, k: Tensor,
     Args:
         q: ``[B, H, t, D]`` before RoPE.
         k: ``[B, H_kv, t, D]`` before RoPE.
-        v: ``[B, H_kv, t, D]``.
+        v: ``[B, H_kv, t, D]``, or in the stored size.
 
     Returns:
-        ``[B, H, t, D]``.
+        ``[B, H, t, D]``, of the size of ``v``.
     """
     step = cache.step
     assert step is not None
@@ -90,7 +93,7 @@ def attend(cache: CompressedCache, layer: CompressedLayer, q: Tensor, k: Tensor,
     rotary = None
     if step.tape is not None or layer.policy != "original":
         rotary = rotary_of_new(layer, step, k)
-    q, k = rotate_new(cache, step, rotary, q, k)
+    q, k = rotate_new(cache, layer, step, rotary, q, k)
     if step.tape is not None:
         assert rotary is not None
         return _taped(cache, layer, step, q, k, v, rotary, scale)
@@ -98,9 +101,7 @@ def attend(cache: CompressedCache, layer: CompressedLayer, q: Tensor, k: Tensor,
     layer.append_packed(k, v, positions, step.counts, step.arrived)
     cache.measure(layer)
     several = positions.shape[1] > 1
-    out, lse = ragged_attention(
-        q, layer, query_positions=positions if several else None, counts=step.counts, scale=scale, backend=cache.backend
-    )
+    out, lse = layer.attend(q, positions if several else None, step.counts, scale, cache.backend)
     seen = Seen(q, step.query_positions(q.device), out, lse, raw)
     if step.narrowing is not None:
         following = cache.reaching(layer.index + 1, step.counts)
@@ -124,7 +125,7 @@ def observe(cache: CompressedCache, layer: CompressedLayer, step: Step, seen: Se
         return
     if needs & {"queries", "attention"}:
         assert seen.queries is not None and seen.positions is not None
-        layer.remember(seen.queries, seen.positions)
+        layer.remember(seen.queries, seen.positions, cache.config.options.query_window)
     if "attention" in needs and layer.ring is not None and (due or layer.ring.full):
         _flush(cache, layer, scale)
     if due:
@@ -160,7 +161,8 @@ def compact_due(cache: CompressedCache, layer: CompressedLayer, step: Step, seen
     view = seen.on(layer.view(cache.rope, scale, prompt=step.prompt))
     view.requests = step.requests
     if cache.deferred:
-        cost, free = method.judge(layer.with_budget(view, step.limits[layer.index]))
+        with torch.no_grad(), torch.autocast(view.keys.device.type, enabled=False):
+            cost, free = method.judge(layer.with_budget(view, step.limits[layer.index]))
         layer.judgement = Judgement(cost, free, view.evidence, scale)
         return
     layer.compact(method, view, step.limits[layer.index], cache.head_split)
@@ -177,7 +179,9 @@ def settle(cache: CompressedCache, step: Step) -> None:
     if silent:
         raise RuntimeError(f"layers {silent} did not judge their rows, so that nothing would be compacted")
     views, judged = [], []
-    home = cache.layers[0].storage.device
+    first = waiting[0]
+    assert first is not None
+    home = first.cost.device
     for layer, found in zip(cache.layers, waiting, strict=True):
         assert found is not None
         limit = [n if due else None for n, due in zip(step.limits[layer.index], step.due, strict=True)]
@@ -278,13 +282,19 @@ def rotary_of_new(layer: CompressedLayer, step: Step, k: Tensor) -> Tensor:
 
 
 def rotate_new(
-    cache: CompressedCache, step: Step, rotary: Tensor | None, q: Tensor, k: Tensor
+    cache: CompressedCache, layer: CompressedLayer, step: Step, rotary: Tensor | None, q: Tensor, k: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Rotates the chunk's queries and keys; a head's queries follow the positions of their KV head."""
+    """Rotates the chunk's queries and keys, and brings them into the coordinates that the layer stores.
+
+    A head's queries follow the positions of their KV head.
+    """
     if cache.config.positions == "original":
+        projection = cache.projections[layer.index] if cache.projections else PLAIN
+        if not projection.turns:
+            return q, k
         _, cos, sin = step.on(q.device)
         cos, sin = cos[:, None].to(q.dtype), sin[:, None].to(q.dtype)
-        return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        return projection.narrow(apply_rope(q, cos, sin)), projection.narrow(apply_rope(k, cos, sin))
     assert rotary is not None
     batch, kv_heads, new = rotary.shape
     cos, sin = cache.rope.tables(rotary.reshape(-1, new), q.dtype, per_row=False)

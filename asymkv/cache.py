@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,23 +13,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from asymkv.budgets import CacheShape, HeadBudgets, LayerBudgets
 from asymkv.budgets.heads import Rows
 from asymkv.budgets.layers import Request
 from asymkv.config import CompressionConfig
+from asymkv.dimensions import Projection
 from asymkv.layer import CompressedLayer
-from asymkv.ledger import BudgetLedger
+from asymkv.ledger import BudgetLedger, cache_shape
 from asymkv.models import get_adapter
 from asymkv.models._compat import Cache, columns_to_crop
 from asymkv.ops import resolve_backend
-from asymkv.rope import Rope
+from asymkv.rope import ProjectedRope, Rope
 
 if TYPE_CHECKING:
     from asymkv.narrowing import Narrowing
     from asymkv.reconstruction import Replay
-
-# cardinality (int32), log n (fp32) and position (int32) of a row
-METADATA_BYTES = 12
 
 
 @dataclass
@@ -97,6 +94,8 @@ class CompressedCache(BudgetLedger, Cache):
         head_dim: size of a key.
         dtype: of keys and values (for byte budgets).
         rope: the model's rotary embedding.
+        projections: of every layer, where rows are stored in fewer dimensions; none = as they are.
+        basis_sha256: what those come from.
     """
 
     layers: list[CompressedLayer]  # type: ignore[assignment]
@@ -110,20 +109,21 @@ class CompressedCache(BudgetLedger, Cache):
         head_dim: int,
         dtype: torch.dtype,
         rope: Rope,
+        projections: Sequence[Projection] = (),
+        basis_sha256: str | None = None,
     ) -> None:
         policy = config.positions
         super().__init__(layers=[CompressedLayer(i, policy) for i in range(num_layers)])
         self.config = config
         self.head_split = config.head_split
         self.layer_tokens: tuple[int, ...] | None = None
-        self.rope = rope
-        self.shape = CacheShape(
-            num_layers,
-            kv_heads,
-            2 * head_dim * dtype.itemsize + METADATA_BYTES + config.options.row_bytes(head_dim, dtype, config),
-            uneven=type(config.head_split) is not HeadBudgets or type(config.layer_split) is not LayerBudgets,
-        )
-        self.backend = resolve_backend(config.backend, rope.device, head_dim, dtype)
+        self.projections = list(projections)
+        self.basis_sha256 = basis_sha256
+        projected = any(p.keys is not None for p in projections)
+        self.rope = ProjectedRope(rope.rotary) if projected else rope
+        widths = [p.widths(head_dim) for p in projections] or [(head_dim, head_dim)] * num_layers
+        self.shape = cache_shape(config, kv_heads, widths, dtype)
+        self.backend = resolve_backend(config.backend, rope.device, head_dim, dtype, widths)
         self.step: Step | None = None
         self.open_ledger()
         self.tail = torch.zeros(0, 0, dtype=torch.bool)  # columns since the last compaction: token or padding
@@ -140,7 +140,8 @@ class CompressedCache(BudgetLedger, Cache):
         """An empty cache for a causal LM.
 
         Raises:
-            ValueError: for a model that a compressed cache cannot serve, or whose head scores or stages are missing.
+            ValueError: for a model that a compressed cache cannot serve, or whose head scores, stages or basis are
+                missing.
         """
         adapter = get_adapter(model.config.model_type)
         adapter.check(model.config)
@@ -148,6 +149,8 @@ class CompressedCache(BudgetLedger, Cache):
         if not hasattr(rotary, "inv_freq"):
             raise ValueError(f"{type(model).__name__}: no rotary embedding; compressed caches need RoPE")
         heads = model.config.num_attention_heads
+        rows = config.row_dimensions
+        projections, basis = ([], None) if rows is None else rows.prepare(model)
         cache = cls(
             config,
             num_layers=model.config.num_hidden_layers,
@@ -155,6 +158,8 @@ class CompressedCache(BudgetLedger, Cache):
             head_dim=getattr(model.config, "head_dim", None) or model.config.hidden_size // heads,
             dtype=model.dtype,
             rope=Rope(rotary),
+            projections=projections,
+            basis_sha256=basis,
         )
         cache.head_split = config.head_split.prepare(model)
         cache.layer_tokens = config.options.layer_tokens(model)
@@ -173,7 +178,10 @@ class CompressedCache(BudgetLedger, Cache):
         return torch.tensor(found.storage.length).view(found.batch, -1)
 
     def keys(self, layer: int) -> list[list[Tensor]]:
-        """Per row of the batch, per KV head: keys after RoPE ``[n, D]``, rows by ascending position."""
+        """Per row of the batch, per KV head: keys after RoPE ``[n, D]``, rows by ascending position.
+
+        With ``dimensions``, keys and values are in the coordinates that are stored.
+        """
         return self._rows(layer, "keys")
 
     def values(self, layer: int) -> list[list[Tensor]]:
@@ -228,6 +236,7 @@ class CompressedCache(BudgetLedger, Cache):
             "budget_raised": raised,
             "peak_rows": self.peak_rows,
             "peak_nbytes": self.peak_nbytes,
+            "basis_nbytes": sum(p.nbytes for p in self.projections),
         }
 
     @property

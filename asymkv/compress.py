@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,11 @@ def _question(tokenizer: Any, cache: CompressedCache, question: str) -> list[int
 def _as_is(cache: CompressedCache) -> CompressedCache:
     """A copy to which everything new is appended and nothing is compacted."""
     out = cache.fork()
-    out.config = CompressionConfig("full", position_policy=cache.config.positions, backend=cache.config.backend)
+    kept: dict[str, Any] = {"position_policy": cache.config.positions, "backend": cache.config.backend}
+    rows = cache.config.row_dimensions
+    if rows is not None:
+        kept["dimensions"] = {"kind": "zack", **dataclasses.asdict(rows)}
+    out.config = CompressionConfig("full", **kept)
     return out
 
 

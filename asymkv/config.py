@@ -12,6 +12,7 @@ import yaml
 
 from asymkv.budgets import HEAD_BUDGETS, LAYER_BUDGETS, HeadBudgets, LayerBudgets, make_split, validate_budget
 from asymkv.checks import check_integer
+from asymkv.dimensions import Zack, make_dimensions
 from asymkv.paths import config_path, config_root
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class CompressionConfig:
         position_policy: rotary positions after a compaction: "original" (unchanged), "compact" (rank of the row in
             its head) or "cardinality" (running sum of cardinalities); None = the method's own.
         backend: attention backend, or "auto".
+        dimensions: dimensions of keys and values that rows are stored in (name or mapping with ``kind``, see
+            ``asymkv.dimensions``); None = all.
         method_options: parameters of the method; an unknown key raises.
 
     Raises:
@@ -66,6 +69,7 @@ class CompressionConfig:
     layer_budgets: str | Mapping[str, Any]
     position_policy: str | None
     backend: str
+    dimensions: str | Mapping[str, Any] | None
     options: Method
 
     def __init__(
@@ -82,6 +86,7 @@ class CompressionConfig:
         layer_budgets: str | Mapping[str, Any] = _DefaultName("uniform"),
         position_policy: str | None = None,
         backend: str = "auto",
+        dimensions: str | Mapping[str, Any] | None = None,
         **method_options: Any,
     ) -> None:
         values = {k: v for k, v in locals().items() if k in _FIELDS}
@@ -120,6 +125,8 @@ class CompressionConfig:
         object.__setattr__(self, "_splits", (heads, layers))
         self.options.validate(self)
         _check_splits(self, heads, layers)
+        rows = make_dimensions(self.dimensions)
+        object.__setattr__(self, "_dimensions", rows and rows.settled(self))
 
     @property
     def minimum_rows(self) -> int:
@@ -144,6 +151,11 @@ class CompressionConfig:
         return self._splits[1]  # type: ignore[attr-defined]
 
     @property
+    def row_dimensions(self) -> Zack | None:
+        """The dimensions that rows are stored in; None = all."""
+        return self._dimensions  # type: ignore[attr-defined]
+
+    @property
     def positions(self) -> str:
         """The position policy in force."""
         return self.position_policy or self.options.position_policy
@@ -156,7 +168,9 @@ class CompressionConfig:
     def describe(self) -> str:
         """One line for ``print(model)``."""
         size = f"ratio={self.ratio}" if self.ratio is not None else f"budget={self.budget}"
-        return f"method={self.method}, {size}, backend={self.backend}"
+        rows = self.row_dimensions
+        kept = "" if rows is None else f"dimensions={_kind(self.dimensions)} {rows.ratio:g}, "
+        return f"method={self.method}, {size}, {kept}backend={self.backend}"
 
     def replace(self, **overrides: Any) -> CompressionConfig:
         """A copy with some settings changed; giving a budget drops the ratio, and the other way round.
@@ -220,9 +234,9 @@ def _check_splits(config: CompressionConfig, heads: HeadBudgets, layers: LayerBu
     heads.check(config)
 
 
-def _kind(setting: str | Mapping[str, Any]) -> Any:
+def _kind(setting: str | Mapping[str, Any] | None) -> Any:
     """The name of a split: its other settings may be long tables."""
-    return setting if isinstance(setting, str) else setting.get("kind")
+    return setting.get("kind") if isinstance(setting, Mapping) else setting
 
 
 def _make_method(name: str, options: dict[str, Any]) -> Method:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from asymkv.budgets import capacity_for
 from asymkv.models._compat import LayerBase
-from asymkv.observations import QueryRing, attention_mass
+from asymkv.observations import QUERY_WINDOW, QueryRing, attention_mass
+from asymkv.ops import ragged_attention
 from asymkv.plan import CompactionPlan, execute, rotary_positions
 from asymkv.rope import Rope
 from asymkv.storage import ROW_COLUMNS, RaggedStorage
@@ -151,6 +152,14 @@ class CompressedLayer(LayerBase):
         self.storage.append(flat, [c for c in counts for _ in range(keys.shape[1])])
         self.tokens = [n + c for n, c in zip(self.tokens, arrived or counts, strict=True)]
 
+    def attend(
+        self, query: Tensor, query_positions: Tensor | None, counts: list[int], scale: float, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of rotated queries ``[B, H, t, D]`` over the rows, see :func:`asymkv.ops.ragged_attention`."""
+        return ragged_attention(
+            query, self, query_positions=query_positions, counts=counts, scale=scale, backend=backend
+        )
+
     # -- positions -----------------------------------------------------------------------------------------------
     def next_rotary(self) -> Tensor:
         """``[B, H_kv]``: rotary position of the next token under this layer's policy."""
@@ -234,10 +243,10 @@ class CompressedLayer(LayerBase):
         if self.ring is not None:
             self.ring.forget([self.heads_of(row) != held for row, held in enumerate(before)])
 
-    def remember(self, query: Tensor, positions: Tensor) -> None:
-        """Keeps a decode query ``[B, H, 1, D]`` for the next compaction."""
+    def remember(self, query: Tensor, positions: Tensor, window: int = QUERY_WINDOW) -> None:
+        """Keeps a decode query ``[B, H, 1, D]`` for the next compaction, the newest ``window`` at most."""
         if self.ring is None:
-            self.ring = QueryRing(query)
+            self.ring = QueryRing(query, window)
         self.ring.push(query, positions)
 
     def accumulate_mass(self, view: RowView) -> None:

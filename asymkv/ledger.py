@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import torch
+
 from asymkv.budgets.heads import HeadBudgets, Rows
-from asymkv.budgets.layers import Request
+from asymkv.budgets.layers import LayerBudgets, Request
 from asymkv.budgets.rows import CacheShape, resolve_rows
 
 if TYPE_CHECKING:
@@ -14,6 +16,27 @@ if TYPE_CHECKING:
     from asymkv.layer import CompressedLayer
 
 logger = logging.getLogger(__name__)
+
+# cardinality (int32), log n (fp32) and position (int32) of a row
+METADATA_BYTES = 12
+
+
+def cache_shape(
+    config: CompressionConfig, kv_heads: int, widths: list[tuple[int, int]], dtype: torch.dtype
+) -> CacheShape:
+    """What byte budgets need to know of a cache.
+
+    Args:
+        config: the settings.
+        kv_heads: KV heads per layer.
+        widths: stored sizes of keys and values, per layer.
+        dtype: of keys and values.
+    """
+    uneven = type(config.head_split) is not HeadBudgets or type(config.layer_split) is not LayerBudgets
+    statistics = [config.options.row_bytes(key, dtype, config) for key, _ in widths]
+    rows = [sum(w) * dtype.itemsize + METADATA_BYTES + s for w, s in zip(widths, statistics, strict=True)]
+    # Where layers may hold different numbers of rows, all of them could be in the widest.
+    return CacheShape(len(widths), kv_heads, max(rows) if uneven else -(-sum(rows) // len(rows)), uneven)
 
 
 class BudgetLedger:

@@ -18,19 +18,19 @@ from asymkv.ops import rows as row_ops
 from asymkv.view import RowView
 
 BLOCK_ELEMENTS = 1 << 19  # logits in memory at a time: 2 MiB in fp32, the size of a core's cache
-QUERY_WINDOW = 32  # queries remembered in decode
+QUERY_WINDOW = 32  # queries remembered in decode, where the method does not ask for more
 
 
 class QueryRing:
-    """The last ``QUERY_WINDOW`` decode queries of a layer since its last compaction.
+    """The last ``size`` decode queries of a layer since its last compaction.
 
     ``queries [B, H, W, D]`` and ``positions [B, W]`` (-1 = empty slot).
     """
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Tensor, size: int = QUERY_WINDOW) -> None:
         batch, heads, _, dim = like.shape
-        self.queries = like.new_zeros(batch, heads, QUERY_WINDOW, dim)
-        self.positions = torch.full((batch, QUERY_WINDOW), -1, dtype=torch.long, device=like.device)
+        self.queries = like.new_zeros(batch, heads, size, dim)
+        self.positions = torch.full((batch, size), -1, dtype=torch.long, device=like.device)
         self.cursor = 0
 
     @property
@@ -39,11 +39,11 @@ class QueryRing:
 
     @property
     def full(self) -> bool:
-        return self.cursor == QUERY_WINDOW
+        return self.cursor == self.positions.shape[1]
 
     def push(self, query: Tensor, positions: Tensor) -> None:
         """Adds one query per row: ``[B, H, 1, D]`` at ``positions [B, 1]``; the oldest gives way."""
-        slot = self.cursor % QUERY_WINDOW
+        slot = self.cursor % self.positions.shape[1]
         self.queries[:, :, slot] = query[:, :, 0]
         self.positions[:, slot] = positions[:, 0]
         self.cursor += 1
@@ -226,7 +226,8 @@ def key_curvature(view: RowView) -> Tensor:
 
 def _curvature_sums(view: RowView) -> tuple[Tensor, Tensor]:
     """``sum e q_d^2 [B * H_kv, T, D]`` and ``sum e q_d q_(d + D/2) [B * H_kv, T, D / 2]``, e the output energy."""
-    if row_ops.native_columns(view.keys) and view.query_lse is not None and view.query_out is not None:
+    one_width = view.keys.shape[-1] == view.values.shape[-1]
+    if one_width and row_ops.native_columns(view.keys) and view.query_lse is not None and view.query_out is not None:
         query, keys, *rest = _columns(view)
         values, out = view.values.flatten(0, 1), view.query_out.reshape(query.shape).contiguous()
         return row_ops.key_curvature(query, keys, values, *rest, out, view.scale)

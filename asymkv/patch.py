@@ -210,7 +210,7 @@ def replace(
     """Patches a model family, or one live model, to generate on a compressed cache.
 
     Args:
-        model_type: ``config.model_type`` of the family ("llama", "mistral", "qwen2").
+        model_type: ``config.model_type`` of the family ("gpt2", "llama", "mistral", "qwen2").
         config: settings, or the name or path of a yaml file; None = the defaults.
         model: patch this instance only; None: the family's classes, before ``from_pretrained``.
         overrides: settings that win over ``config``.
@@ -292,9 +292,10 @@ def _family(model_type: str) -> Callable[..., PatchHandle]:
     return replace_family
 
 
+replace_gpt2_asymkv = _family("gpt2")
 replace_llama_asymkv = _family("llama")
 replace_mistral_asymkv = _family("mistral")
 replace_qwen2_asymkv = _family("qwen2")
 
-__all__ = ["PatchHandle", "replace", "replace_llama_asymkv", "replace_mistral_asymkv",
+__all__ = ["PatchHandle", "replace", "replace_gpt2_asymkv", "replace_llama_asymkv", "replace_mistral_asymkv",
            "replace_qwen2_asymkv", "restore"]

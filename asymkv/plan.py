@@ -80,7 +80,7 @@ def execute(plan: CompactionPlan, view: RowView, storage: RaggedStorage, policy:
     Args:
         plan: the decision.
         view: the rows, dense.
-        storage: where they are now; its columns are the schema of the result.
+        storage: where they are now; its columns, and new statistics of the view, are the schema of the result.
         policy: position policy.
 
     Returns:
@@ -92,9 +92,11 @@ def execute(plan: CompactionPlan, view: RowView, storage: RaggedStorage, policy:
     order, offset, count = row_ops.compaction_layout(plan.destination.reshape(heads, width).contiguous(), lengths)
     length = count.tolist()
     packed = storage.like([capacity_for(n) for n in length])
+    for name, rows in view.statistics.items():
+        packed.add_column(name, tuple(rows.shape[3:]), rows.dtype)  # a method may have begun one
     edited = {"keys": view.keys, "values": view.values, "cardinality": view.cardinality, "position": view.positions}
     everything = {**edited, **view.statistics}
-    sources = {name: _per_head(rows, storage.columns[name], heads) for name, rows in everything.items()}
+    sources = {name: _per_head(rows, packed.columns[name], heads) for name, rows in everything.items()}
     weight = None
     if plan.key_weight is not None:
         weight = plan.key_weight.reshape(heads, width, -1).to(torch.promote_types(view.keys.dtype, torch.float32))
@@ -102,7 +104,8 @@ def execute(plan: CompactionPlan, view: RowView, storage: RaggedStorage, policy:
     rotary = view.rotary_positions.reshape(heads, width).contiguous()
     row_ops.ragged_compact(
         *(sources[name] for name in edited), rotary, [sources[name] for name in view.statistics], weight, order, offset,
-        view.rope.frequencies(view.keys.device), _target_rotary(policy, sources["cardinality"], order, offset),
+        view.rope.frequencies(view.keys.device, view.keys.shape[-1]),
+        _target_rotary(policy, sources["cardinality"], order, offset),
         packed.table("start"), *(packed.columns[name] for name in ROW_COLUMNS),
         [packed.columns[name] for name in view.statistics],
     )  # fmt: skip

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from asymkv import curvature
 from asymkv.attention import settle
 from asymkv.cache import CompressedCache, Step
-from asymkv.models._compat import CausalLMOutputWithPast
+from asymkv.models._compat import CausalLMOutputWithPast, checkpoints_activations
 from asymkv.models.adapter import FamilyAdapter
 from asymkv.narrowing import narrowing
 from asymkv.reconstruction import Reconstruction, compact_scored
@@ -125,6 +125,9 @@ def parse(cache: CompressedCache, given: dict[str, Any]) -> Call:
 def _check_mode(lm: PreTrainedModel, cache: CompressedCache, given: dict[str, Any]) -> None:
     if lm.training and torch.is_grad_enabled():
         raise ValueError("a compressed cache is not differentiable: pass use_cache=False to train, or model.eval()")
+    if lm.training and checkpoints_activations(lm):
+        raise ValueError("gradient_checkpointing_enable() makes transformers drop the cache in training mode; call "
+                         "gradient_checkpointing_disable() or model.eval() (asymkv.distill checkpoints by chunk)")
     if "loss" in cache.config.options.needs and torch.is_inference_mode_enabled():
         raise ValueError("curvature='loss' needs autograd, which torch.inference_mode forbids; use torch.no_grad")
     if "stages" in cache.config.options.needs:
@@ -181,10 +184,7 @@ def _decode_all(
     for begin, end in _chunks(max(layout.counts), cache.config.chunk):
         counts = [min(max(n - begin, 0), end - begin) for n in layout.counts]
         cut = (tables[0][:, begin:end], tables[1][:, begin:end])
-        requests = cache.requests(counts, prompt)
-        due = cache.exceeding(requests, counts)
-        limits = cache.limits(requests, counts)
-        step = Step(counts, positions[:, begin:end], cut, limits, requests, due, prompt=any(prompt))
+        step = make_step(cache, counts, positions[:, begin:end], cut, prompt)
         step.hold = rebuild is not None and step.prompt
         out = _run_chunk(adapter, lm, cache, call, step, begin, end)
         if rebuild is not None and step.prompt:
@@ -203,6 +203,33 @@ def _decode_all(
         hidden = torch.zeros(len(layout.counts), layout.columns - first, lm.config.hidden_size, dtype=lm.dtype)
         hidden = hidden.to(device)
     return (hidden[:, keep] if isinstance(keep, Tensor) else hidden), states
+
+
+def make_step(
+    cache: CompressedCache, counts: list[int], positions: Tensor, tables: tuple[Tensor, Tensor], prompt: list[bool]
+) -> Step:
+    """One chunk: what it brings, and what each row of the batch must be compacted to after it."""
+    requests = cache.requests(counts, prompt)
+    due = cache.exceeding(requests, counts)
+    return Step(counts, positions, tables, cache.limits(requests, counts), requests, due, prompt=any(prompt))
+
+
+def decode(
+    adapter: FamilyAdapter, lm: PreTrainedModel, cache: CompressedCache, step: Step, inputs: dict[str, Tensor],
+    **extra: Any,
+) -> Any:
+    """The decoder on one chunk; ``inputs``: ``input_ids`` or ``inputs_embeds``."""  # fmt: skip
+    cache.step = step
+    device = next(iter(inputs.values())).device
+    return adapter.decoder(lm)(
+        **inputs,
+        # A 4D mask is handed through as it is: no [t, T] mask is built, and our attention needs none.
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+        position_ids=adapter.position_ids(lm, step.positions, step.query_positions(step.positions.device) >= 0),
+        past_key_values=cache,
+        use_cache=True,
+        **extra,
+    )
 
 
 def _chunks(total: int, size: int | None) -> Iterator[tuple[int, int]]:
@@ -228,17 +255,8 @@ def _run_chunk(
     needs = cache.config.options.needs
 
     def forward(this: Step) -> Any:
-        cache.step = this
-        inputs = call.layout.take(call.inputs, begin, end)
-        return adapter.decoder(lm)(
-            **({"inputs_embeds": inputs} if call.embedded else {"input_ids": inputs}),
-            # A 4D mask is handed through as it is: no [t, T] mask is built, and our attention needs none.
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.device),
-            position_ids=this.positions,
-            past_key_values=cache,
-            use_cache=True,
-            **call.extra,
-        )
+        name = "inputs_embeds" if call.embedded else "input_ids"
+        return decode(adapter, lm, cache, this, {name: call.layout.take(call.inputs, begin, end)}, **call.extra)
 
     if not step.prompt or not needs & {"loss", "replay"}:
         with narrowing(cache, adapter.layers(lm), step) as narrower:

@@ -75,16 +75,16 @@ class Replay:
         Args:
             q: ``[B, H, t, D]`` before RoPE.
             k: ``[B, H_kv, t, D]`` before RoPE.
-            v: ``[B, H_kv, t, D]``.
+            v: ``[B, H_kv, t, D]``, or in the stored size.
             hidden: ``[B, t, hidden_size]``, what they were projected from.
 
         Returns:
-            ``[B, H, t, D]``.
+            ``[B, H, t, D]``, of the size of ``v``.
         """  # fmt: skip
         step = cache.step
         assert step is not None
         rotary = None if layer.policy == "original" else rotary_of_new(layer, step, k)
-        q, k = rotate_new(cache, step, rotary, q, k)
+        q, k = rotate_new(cache, layer, step, rotary, q, k)
         self._score(layer, step, q, k, hidden, scale)
         past, past_lse = ragged_attention(q, layer, scale=scale, backend=cache.backend)
         own, own_lse = causal_attention(q, k, v, scale)
@@ -276,10 +276,11 @@ def replay(
     positions, tables = cache.next_positions(counts, ids.device, lm.dtype)
     begin, end = torch.tensor(ranges, device=ids.device).unbind(1)
     cache.step = Step(counts, positions, tables, [], [], [], prompt=True, replay=Replay(begin, end, anchor, weigh))
+    present = cache.step.query_positions(ids.device) >= 0
     adapter.decoder(lm)(
         input_ids=ids,
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
-        position_ids=positions,
+        position_ids=adapter.position_ids(lm, positions, present),
         past_key_values=cache,
         use_cache=True,
     )

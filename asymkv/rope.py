@@ -71,8 +71,8 @@ class Rope:
             self.rotary.max_seq_len_cached = self.rotary.original_max_seq_len
         return self.rotary(like, positions)
 
-    def frequencies(self, device: torch.device) -> Tensor:
-        """``[D / 2]`` fp32 on ``device``: angle per position of each pair of dimensions."""
+    def frequencies(self, device: torch.device, size: int) -> Tensor:
+        """``[size / 2]`` fp32 on ``device``: angle per position of each pair of dimensions of rows of that size."""
         return self.rotary.inv_freq.to(device, torch.float32).contiguous()
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -87,6 +87,22 @@ class Rope:
         """
         compute = torch.promote_types(x.dtype, torch.float32)
         # The angle is formed in fp32, as transformers does, so that turning back undoes exactly what the model did.
-        angle = positions[..., None].float() * self.frequencies(x.device)
+        angle = positions[..., None].float() * self.frequencies(x.device, x.shape[-1])
         angle = torch.cat((angle, angle), dim=-1).to(compute)
         return apply_rope(x.to(compute), angle.cos(), angle.sin())
+
+
+class ProjectedRope(Rope):
+    """The rotary embedding of a cache that stores keys in other coordinates: new tokens turn before they are projected,
+    stored rows cannot turn any more, so that rows merge as they are stored.
+
+    Position policies that move rows are refused with such a cache.
+    """
+
+    def frequencies(self, device: torch.device, size: int) -> Tensor:
+        """Zeros."""
+        return torch.zeros(size // 2, device=device)
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """The rows as they are, in the dtype of the computation."""
+        return x.to(torch.promote_types(x.dtype, torch.float32))

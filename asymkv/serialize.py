@@ -16,7 +16,6 @@ from asymkv.config import CompressionConfig
 from asymkv.files import replace_file, sha256_file, write_atomic
 from asymkv.models import get_adapter
 from asymkv.observations import QueryRing
-from asymkv.offload import weight_of
 from asymkv.storage import RaggedStorage
 
 if TYPE_CHECKING:
@@ -36,10 +35,11 @@ def fingerprint(model: PreTrainedModel, *, any_dtype: bool = False) -> dict[str,
         model: the model.
         any_dtype: hash the weights' signs, which a model keeps in whatever dtype it is loaded.
     """
-    attention = [m for m in model.modules() if isinstance(m, get_adapter(model.config.model_type).attention_class())]
+    adapter = get_adapter(model.config.model_type)
+    attention = [m for m in model.modules() if isinstance(m, adapter.attention_class())]
     digest = hashlib.sha256()
     for layer in (attention[0], attention[-1]):
-        values = weight_of(layer.k_proj).detach().float()  # type: ignore[arg-type]
+        values = adapter.key_weight(layer).detach().float()
         digest.update((values.signbit() if any_dtype else values).cpu().numpy().tobytes())
     return {
         "model_type": model.config.model_type,
@@ -66,6 +66,7 @@ def save(cache: CompressedCache, path: str | Path, model: PreTrainedModel) -> No
         "format": FORMAT,
         "model": fingerprint(model),
         "config": cache.config.to_dict(),
+        "basis_sha256": cache.basis_sha256,
         "tail": cache.tail.tolist(),
         "state": {name: getattr(cache, name) for name in _STATE},
         "layers": layers,
@@ -94,6 +95,9 @@ def load(path: str | Path, model: PreTrainedModel) -> CompressedCache:
         raise ValueError(f"{folder / ROWS} is damaged: its sha256 is not the one in {MANIFEST}")
     tensors = load_file(folder / ROWS, device=str(model.device))
     cache = CompressedCache.for_model(CompressionConfig(**manifest["config"]), model)
+    if cache.basis_sha256 != manifest.get("basis_sha256"):
+        raise ValueError(f"the rows in {folder} are in the coordinates of the basis {manifest.get('basis_sha256')}, "
+                         f"not of {cache.basis_sha256}; point dimensions.basis to the one that they were written with")
     for name in _STATE:
         setattr(cache, name, manifest["state"][name])
     cache.tail = torch.tensor(manifest["tail"], dtype=torch.bool).view(len(cache.prompt_tokens), -1)
@@ -160,7 +164,7 @@ def _unpack(layer: CompressedLayer, saved: dict[str, Any], tensors: dict[str, Te
     layer.storage, layer.is_initialized = storage, True
     layer.tokens, layer.columns_seen = list(saved["tokens"]), saved["columns_seen"]
     if ring:
-        layer.ring = QueryRing(ring["queries"])
+        layer.ring = QueryRing(ring["queries"], ring["queries"].shape[2])
         layer.ring.queries.copy_(ring["queries"])
         layer.ring.positions.copy_(ring["positions"])
         layer.ring.cursor = saved["ring_cursor"]

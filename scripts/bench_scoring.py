@@ -39,6 +39,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Times, prints and writes."""
     args = parse_args(argv)
+    now = commit()
     names = list(scoring_speed.makers(scoring_speed.Samples(args.seed)))
     rows = []
     jobs: list[Callable[[], list[scoring_speed.Result]]] = [
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     writer.writerows(rows)
     write_atomic(args.out / "scoring.csv", out.getvalue())
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
-    conditions = {"device": cpu_name(), "processes": 1, "commit": commit(), "seed": args.seed, "versions": versions}
+    conditions = {"device": cpu_name(), "processes": 1, "commit": now, "seed": args.seed, "versions": versions}
     write_atomic(args.out / "conditions.json", json.dumps(conditions, indent=2) + "\n")
 
 

@@ -11,15 +11,18 @@ from asymkv.models import families, get_adapter
 
 FAMILIES = families()
 VOCAB = 128
-# What a method needs on a model without a tokenizer: the request to repeat, as token ids.
-OPTIONS = {"kvzip": {"repeat_ids": (5, 90, 17), "continue_ids": (5, 91), "suffix_ids": (33,), "replay_chunk": 70}}
+# What a method needs on a tiny model: intervals that a short text reaches; the request to repeat, as token ids.
+OPTIONS = {
+    "aagc": {"pruning_interval": 32, "lookback_window": 16},
+    "kvzip": {"repeat_ids": (5, 90, 17), "continue_ids": (5, 91), "suffix_ids": (33,), "replay_chunk": 70},
+}
 # One score per layer and KV head of a tiny model; the best head is not in layer 0.
 HEAD_SCORES = [[0.1, 0.2], [0.9, 0.3]]
 
 
 def tiny_config(family: str, **overrides):
     adapter = get_adapter(family)
-    name = adapter.causal_lm.removesuffix("ForCausalLM") + "Config"
+    name = adapter.causal_lm.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "Config"
     cls = getattr(importlib.import_module(f"transformers.models.{family}.configuration_{family}"), name)
     settings = {
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -28,6 +31,9 @@ def tiny_config(family: str, **overrides):
     }  # fmt: skip
     if family == "mistral":
         settings["sliding_window"] = None
+    if family == "gpt2":
+        settings["num_attention_heads"] = settings.pop("num_key_value_heads")  # every head has keys of its own
+        settings["n_inner"] = settings.pop("intermediate_size")
     if family == "llama":
         settings["attention_bias"] = True
     return cls(**{**settings, **overrides})
@@ -40,6 +46,9 @@ def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = tor
         for name, p in model.named_parameters():
             if "q_proj" in name or "k_proj" in name:
                 p.normal_(std=0.35)  # logits of several units: attention that picks
+            elif name.endswith("c_attn.weight"):
+                p.normal_(std=0.15)
+                p[:, : 2 * p.shape[0]] *= 0.35 / 0.15
             elif name.endswith("bias"):
                 p.normal_(std=0.3)
             elif p.ndim > 1:

@@ -30,7 +30,7 @@ def watch(model: PreTrainedModel, ids: Tensor, look: Look) -> None:
     def look_in(module: Any, hidden: Tensor) -> None:
         q, k, _ = adapter.project(module, hidden)
         tables = cos[:, None].to(q.device), sin[:, None].to(q.device)
-        look(module.layer_idx, apply_rope(q, *tables)[0], apply_rope(k, *tables)[0], module.scaling)
+        look(module.layer_idx, apply_rope(q, *tables)[0], apply_rope(k, *tables)[0], adapter.scale(module))
 
     watch_inputs(model, ids, look_in)
 

@@ -149,7 +149,8 @@ def full_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
     """Bytes of keys and values of ``tokens`` tokens in a plain cache, in the model's dtype."""
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * tokens * model.dtype.itemsize
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_dim * tokens * model.dtype.itemsize
 
 
 def parse_settings(assignments: Sequence[str]) -> dict[str, dict[str, Any]]:

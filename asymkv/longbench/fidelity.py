@@ -343,8 +343,9 @@ def run_settings(
     """Everything that the numbers depend on, for ``RecordFolder.claim``."""
     arms = {}
     for cell in cells:
-        if isinstance(cell, PressArm) and not cell.compresses:
-            continue  # the worker's own full cache, a reference that is not recorded
+        # Neither the empty context nor a worker's own full cache, which is not recorded, has settings.
+        if cell.bare or isinstance(cell, PressArm) and not cell.compresses:
+            continue
         arms[cell.name] = {k: v for k, v in cell.settings().items() if k not in ("ratio", "budget")}
     settings = {
         "experiment": experiment.name,

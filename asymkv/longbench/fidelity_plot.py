@@ -13,6 +13,7 @@ import numpy as np
 from asymkv.longbench.records import Record
 
 MIB = 2**20
+LOWEST = -0.5
 
 
 def plot(summary: Sequence[Record], path: str | Path) -> bool:
@@ -30,15 +31,18 @@ def plot(summary: Sequence[Record], path: str | Path) -> bool:
     if not panels:
         return False
     arms = list(dict.fromkeys(row["arm"] for rows in panels.values() for row in rows))
-    # The legend stands beside the first panel and must hold every arm.
-    height = max(5.5, 0.17 * len(arms))
-    figure = Figure(figsize=(3 + 6 * len(panels), height), layout="constrained")
+    # The legend stands beside the panels and must hold every arm.
+    figure = Figure(figsize=(3 + 6 * len(panels), max(5.5, 0.21 * len(arms))), layout="constrained")
     for axes, (model, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for i, arm in enumerate(arms):
             _draw(axes, sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["stored_bytes"]), i)
         axes.set_xscale("log")
         axes.set_xlabel("stored bytes per row of the sample, MiB")
         axes.set_ylabel("context retention R")
+        if any(row["retention"] < LOWEST for row in rows):
+            # One arm that breaks the model would press all others into one line.
+            axes.set_ylim(bottom=LOWEST)
+            axes.set_ylabel(f"context retention R (below {LOWEST:g}: in the table only)")
         axes.set_title(model)
         axes.axhline(1, color="grey", linewidth=0.5)
         axes.grid(alpha=0.3)

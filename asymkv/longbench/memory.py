@@ -50,7 +50,9 @@ class DeviceMemory:
     """
 
     def __init__(self, *devices: torch.device) -> None:
-        self.devices = [device for device in devices if device.type != "cpu"]
+        accelerators = [device for device in devices if device.type != "cpu"]
+        # Apple's have no such counter.
+        self.devices = [d for d in accelerators if hasattr(torch.get_device_module(d), "max_memory_allocated")]
         for device in self.devices:
             torch.get_device_module(device).reset_peak_memory_stats(device)
         self.before = self._total("memory_allocated")

@@ -91,14 +91,16 @@ def _number(value: float, unit: str = "", places: int = 2) -> str:
 def markdown(report: Mapping[str, Any], arms: Sequence[ArmRun]) -> str:
     """The tables in markdown, with the conditions that the numbers hold under."""
     parts = ["# Scores", *(["\n".join(_conditions(arms))] if arms else []), _table(*table_rows(report))]
-    for dataset, (header, cells) in detail_tables(report).items():
-        parts += [f"{dataset}:", _table(header, cells)]
     if any(arm.get("retention") for arm in report.values()):
         parts.append(
             "R is context retention, (NLL_none - NLL) / (NLL_none - NLL_full) of the gold answer: 1 = the full cache,\n"
             "0 = no context at all; the interval is a bootstrap over rows. MB and share are of the cache after the\n"
             "prompt."
         )
+    if "in view" in table_rows(report)[0]:
+        parts.append("In view: the share of the prompt's rows that attention still sees; hidden rows count as stored.")
+    for dataset, (header, cells) in detail_tables(report).items():
+        parts += [f"## {dataset}", _table(header, cells)]
     header, cells = bucket_rows(report)
     if cells:
         parts += ["## By length in words (LongBench-E)", _table(header, cells)]

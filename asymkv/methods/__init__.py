@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asymkv.methods.aagc import AAGC
 from asymkv.methods.asymkv import AsymKV
 from asymkv.methods.asymkv_controls import AsymKVEvict, AsymKVSymmetric
 from asymkv.methods.base import Method
@@ -22,8 +23,10 @@ from asymkv.methods.streaming_llm import StreamingLLM
 from asymkv.methods.tova import TOVA
 from asymkv.methods.uncomp import UNComp
 from asymkv.methods.value_merge import ValueMerge
+from asymkv.methods.zack import Zack
 
 METHODS: dict[str, type[Method]] = {
+    "aagc": AAGC,
     "adakv": AdaKV,
     "asymkv": AsymKV,
     "asymkv_evict": AsymKVEvict,
@@ -49,6 +52,7 @@ METHODS: dict[str, type[Method]] = {
     "tova": TOVA,
     "uncomp": UNComp,
     "value_merge": ValueMerge,
+    "zack": Zack,
 }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from asymkv.budgets.heads import HeadBudgets, Judged
+from asymkv.observations import QUERY_WINDOW
 from asymkv.plan import CompactionPlan, keep_rows
 from asymkv.view import RowView
 
@@ -49,6 +50,11 @@ class Method:
     @property
     def needs(self) -> frozenset[str]:
         return frozenset()
+
+    @property
+    def query_window(self) -> int:
+        """Decode queries that are remembered for the next compaction."""
+        return QUERY_WINDOW
 
     def defaults(self) -> dict[str, Any]:
         """Values of general settings that this method sets where the user gave none."""

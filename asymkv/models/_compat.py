@@ -22,7 +22,8 @@ FOUND = transformers.__version__
 if not Version("5.0.0.dev0") <= Version(FOUND) < Version("6"):
     raise ImportError(f"asymkv needs transformers >= {OLDEST}, < 6; found {FOUND}")
 
-__all__ = ["Cache", "CausalLMOutputWithPast", "LayerBase", "bind_forward", "columns_to_crop", "generation_request"]
+__all__ = ["Cache", "CausalLMOutputWithPast", "LayerBase", "bind_forward", "checkpoints_activations",
+           "columns_to_crop", "generation_request"]  # fmt: skip
 
 
 class LayerBase(CacheLayerMixin):
@@ -65,6 +66,11 @@ def bind_forward(original: Any, module: Any, args: tuple, kwargs: dict) -> dict[
     given.pop(next(iter(given)))  # self
     extra = given.pop("kwargs", {})
     return {**given, **extra}
+
+
+def checkpoints_activations(model: Any) -> bool:
+    """Whether transformers' own gradient checkpointing is on, which drops the cache in training mode."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def columns_to_crop(argument: int, seen: int) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from asymkv.offload import weight_of
+
 
 @dataclass(frozen=True)
 class FamilyAdapter:
@@ -36,9 +38,40 @@ class FamilyAdapter:
     def project(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values before RoPE: ``[B, H, t, D]``, ``[B, H_kv, t, D]``, ``[B, H_kv, t, D]``."""
         shape = (*hidden.shape[:-1], -1, attention.head_dim)
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        q, k, v = (p(hidden).view(shape).transpose(1, 2) for p in projections)
-        return q, k, v
+        q, k = self.project_keys(attention, hidden)
+        return q, k, attention.v_proj(hidden).view(shape).transpose(1, 2)
+
+    def project_keys(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys alone, where values come from other weights."""
+        shape = (*hidden.shape[:-1], -1, attention.head_dim)
+        q, k = (p(hidden).view(shape).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
+        return q, k
+
+    def output(self, attention: Any, heads: Tensor) -> Tensor:
+        """Output projection of the heads' results ``[B, t, H * D]``: ``[B, t, hidden_size]``."""
+        return attention.o_proj(heads)
+
+    def output_weight(self, attention: Any) -> Tensor:
+        """``[hidden_size, H * D]``."""
+        return weight_of(attention.o_proj)
+
+    def weights(self, attention: Any) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Weights ``[out, in]`` and biases ``[out]`` of "query", "key", "value" and "output", to be folded.
+
+        Raises:
+            ValueError: for projections that are quantised, adapted or offloaded.
+        """
+        projections = {"query": attention.q_proj, "key": attention.k_proj, "value": attention.v_proj,
+                       "output": attention.o_proj}  # fmt: skip
+        return {name: plain(name, linear) for name, linear in projections.items()}
+
+    def key_weight(self, attention: Any) -> Tensor:
+        """The weight that keys are projected by, to know a model again."""
+        return weight_of(attention.k_proj)
+
+    def scale(self, attention: Any) -> float:
+        """Factor of the logits."""
+        return attention.scaling
 
     def decoder(self, lm: Any) -> nn.Module:
         """The decoder stack: returns hidden states after the final norm."""
@@ -51,6 +84,15 @@ class FamilyAdapter:
     def rotary(self, lm: Any) -> nn.Module:
         """The rotary embedding module."""
         return lm.model.rotary_emb
+
+    def position_ids(self, lm: Any, positions: Tensor, present: Tensor) -> Tensor:
+        """What the decoder takes as ``position_ids``.
+
+        Args:
+            positions: ``[B, t]`` own-token positions.
+            present: ``[B, t]`` bool, False where a column is no token.
+        """
+        return positions
 
     def logits(self, lm: Any, hidden: Tensor) -> Tensor:
         """Logits of hidden states ``[B, t, hidden_size]``."""
@@ -73,3 +115,17 @@ class FamilyAdapter:
                 f"{self.model_type}: {found} cannot run on a compressed cache; allowed: full attention in every layer "
                 "(set sliding_window=None, or use_sliding_window=False, if the model was trained for it)"
             )
+
+
+def plain(name: str, linear: Any, kind: Any = nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias, as they are stored, of a projection that is nothing but them.
+
+    Raises:
+        ValueError: for one that is quantised, adapted or offloaded.
+    """
+    weight = getattr(linear, "weight", None)
+    if type(linear) is not kind or not linear.weight.is_floating_point() or linear.weight.device.type == "meta":
+        stored = f"{weight.dtype} on {weight.device}" if isinstance(weight, Tensor) else "no weight of its own"
+        raise ValueError("weights can be folded into plain linear projections that are not offloaded; found for "
+                         f"{name} {type(linear).__name__}, {stored}")
+    return linear.weight, linear.bias

@@ -32,7 +32,7 @@ def ragged_attention(
     """Locally Merged Attention of queries over all rows that a layer stores.
 
     Args:
-        query: ``[B, H, Q, D]``, rotated.
+        query: ``[B, H, Q, D]``, rotated, in the coordinates of the stored keys.
         layer: the rows; each KV head serves ``H / H_kv`` query heads.
         query_positions: ``[B, Q]`` positions in each row's own tokens: a query sees rows up to its own position. None:
             every query sees every row (decode of the newest token).
@@ -41,10 +41,11 @@ def ragged_attention(
         backend: a name in ``BACKENDS``, or "auto".
 
     Returns:
-        ``out [B, H, Q, D]`` in the query's dtype, ``lse [B, H, Q]`` in fp32 (fp64 for fp64 input); 0 and -inf where a
+        ``out [B, H, Q, D_v]`` in the query's dtype, ``lse [B, H, Q]`` in fp32 (fp64 for fp64 input); 0 and -inf where a
         query sees no row.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if backend not in BACKENDS:
-        backend = resolve_backend(backend, query.device, query.shape[-1], query.dtype)
+        widths = [(query.shape[-1], layer.storage.columns["values"].shape[-1])]
+        backend = resolve_backend(backend, query.device, query.shape[-1], query.dtype, widths)
     return BACKENDS[backend].attend(Problem(query, layer.storage, query_positions, counts, scale))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -70,35 +70,51 @@ class Backend:
     """A way to compute Locally Merged Attention over ragged rows.
 
     Args:
-        attend: ``out [B, H, Q, D]`` in the query's dtype, ``lse [B, H, Q]`` fp32 (fp64 for fp64); 0 and -inf where a
-            query sees no row.
+        attend: ``out [B, H, Q, D_v]`` in the query's dtype, ``lse [B, H, Q]`` fp32 (fp64 for fp64); 0 and -inf where
+            a query sees no row.
         missing: why it cannot run on a device with this head size and dtype; None = it can.
+        one_width: whether keys and values must be of one size.
     """
 
     attend: Callable[[Problem], tuple[Tensor, Tensor]]
     missing: Callable[[torch.device, int, torch.dtype], str | None]
+    one_width: bool = False
+
+    def lacks(self, device: torch.device, widths: Iterable[tuple[int, int]], dtype: torch.dtype) -> str | None:
+        """Why it cannot serve layers of these sizes of keys and values; None = it can."""
+        for key, value in dict.fromkeys(widths):
+            why = self.missing(device, key, dtype) or self.missing(device, value, dtype)
+            if why is None and self.one_width and key != value:
+                why = f"it takes keys and values of one size; they are {key} and {value}"
+            if why is not None:
+                return why
+        return None
 
 
-def resolve_backend(name: str, device: torch.device, head_dim: int, dtype: torch.dtype) -> str:
+def resolve_backend(
+    name: str, device: torch.device, head_dim: int, dtype: torch.dtype, widths: Sequence[tuple[int, int]] = ()
+) -> str:
     """The backend in force.
 
     Args:
         name: a backend, or "auto": ``ASYMKV_BACKEND`` if that is set, else the fastest that runs here.
         device, head_dim, dtype: of the cache.
+        widths: stored sizes of keys and values of every layer, where they are not the head's.
 
     Raises:
         ValueError: for an unknown name, or one that cannot run here; lists the others.
     """
+    sizes = widths or [(head_dim, head_dim)]
     found = os.environ.get("ASYMKV_BACKEND", "auto") if name == "auto" else name
     if found == "auto":
         if device.type == "cpu":
             extension.warn_if_missing()
-        return next(n for n in AUTO[device.type == "cuda"] if BACKENDS[n].missing(device, head_dim, dtype) is None)
+        return next(n for n in AUTO[device.type == "cuda"] if BACKENDS[n].lacks(device, sizes, dtype) is None)
     if found not in BACKENDS:
         raise ValueError(f"unknown backend {found!r}; allowed: {['auto', *BACKENDS]}")
-    why = BACKENDS[found].missing(device, head_dim, dtype)
+    why = BACKENDS[found].lacks(device, sizes, dtype)
     if why is not None:
-        able = [n for n, b in BACKENDS.items() if b.missing(device, head_dim, dtype) is None]
+        able = [n for n, b in BACKENDS.items() if b.lacks(device, sizes, dtype) is None]
         raise ValueError(f"backend {found!r} cannot run here: {why}; backends that can: {able}")
     return found
 
@@ -156,7 +172,7 @@ def _head_by_head(p: Problem) -> tuple[Tensor, Tensor]:
             1, 1, 1, keys.shape[2], dtype=torch.float32)  # fmt: skip
         parts.append(sdpa.biased_attention(grouped[head], keys, values, bias, p.scale))
     out, lse = (torch.cat(x) for x in zip(*parts, strict=True))
-    return out.reshape(batch, heads, queries, dim), lse.reshape(batch, heads, queries)
+    return out.reshape(batch, heads, queries, -1), lse.reshape(batch, heads, queries)
 
 
 def _cpp(p: Problem) -> tuple[Tensor, Tensor]:
@@ -168,13 +184,13 @@ def _cpp(p: Problem) -> tuple[Tensor, Tensor]:
     if p.positions is not None:
         position = rows.columns["position"]
         at = p.positions[:, None, None].expand(batch, p.kv_heads, heads // p.kv_heads, queries)
-        at = at.reshape(rows.heads, grouped)
+        at = at.reshape(rows.heads, grouped).contiguous()
     out, lse = torch.ops.asymkv.lma_decode(
-        p.query.reshape(rows.heads, grouped, dim), rows.columns["keys"], rows.columns["values"],
+        p.query.reshape(rows.heads, grouped, dim).contiguous(), rows.columns["keys"], rows.columns["values"],
         rows.columns["log_n"] if rows.merged else None, rows.table("start"), rows.table("length"), p.scale, position,
         at,
     )  # fmt: skip
-    return out.view(p.query.shape), lse.view(p.query.shape[:3])
+    return out.view(*p.query.shape[:3], -1), lse.view(p.query.shape[:3])
 
 
 def _triton(p: Problem) -> tuple[Tensor, Tensor]:
@@ -235,8 +251,8 @@ def _flash_missing(device: torch.device, head_dim: int, dtype: torch.dtype) -> s
 
 
 BACKENDS = {
-    "triton": Backend(_triton, _triton_missing),
-    "flash": Backend(_flash, _flash_missing),
+    "triton": Backend(_triton, _triton_missing, one_width=True),
+    "flash": Backend(_flash, _flash_missing, one_width=True),
     "cpp": Backend(_cpp, _cpp_missing),
     "sdpa": Backend(_sdpa, _always),
     "reference": Backend(_reference, _always),

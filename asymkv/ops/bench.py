@@ -284,7 +284,7 @@ class _Frequencies:
     def __init__(self, device: torch.device) -> None:
         self.inv_freq = 500_000.0 ** -(torch.arange(DIM // 2, device=device) / (DIM // 2)).float()
 
-    def frequencies(self, device: torch.device) -> Tensor:
+    def frequencies(self, device: torch.device, size: int) -> Tensor:
         return self.inv_freq
 
 

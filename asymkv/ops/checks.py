@@ -212,7 +212,7 @@ def check_decode(
     check_head_dim(keys.shape[1])
     check_contiguous("keys", keys)
     rows, dim = keys.shape
-    for name, x, shape in (("values", values, (rows, dim)), ("query", query, (-1, -1, dim))):
+    for name, x, shape in (("values", values, (rows, -1)), ("query", query, (-1, -1, dim))):
         check_dtype(name, x, keys.dtype)
         check_shape(name, x, shape)
         check_contiguous(name, x)

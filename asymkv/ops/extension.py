@@ -126,7 +126,8 @@ def _fake_decode(
     position: Tensor | None = None, query_position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     checks.check_decode(query, keys, values, log_n, start, length, scale, position, query_position)
-    return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
+    out = query.new_empty(*query.shape[:2], values.shape[1])
+    return out, query.new_empty(query.shape[:2], dtype=torch.float32)
 
 
 def _fake_mass(

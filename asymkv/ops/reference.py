@@ -295,13 +295,13 @@ def lma_decode(
 
     Args:
         query: ``[N, M, D]``: the queries of a KV head, its group of query heads included.
-        keys, values: ``[R, D]``; log_n ``[R]`` fp32, None = all rows are single tokens.
+        keys: ``[R, D]``; values ``[R, D_v]``; log_n ``[R]`` fp32, None = all rows are single tokens.
         start, length: ``[N]`` int64.
         scale: factor of the logits.
         position: ``[R]`` int32 and query_position ``[N, M]`` int64: a query sees rows up to its own position.
 
     Returns:
-        out ``[N, M, D]``, lse ``[N, M]`` fp32 (fp64 for fp64 rows); 0 and -inf where a query sees nothing.
+        out ``[N, M, D_v]``, lse ``[N, M]`` fp32 (fp64 for fp64 rows); 0 and -inf where a query sees nothing.
     """
     if keys.dtype != torch.float64:
         checks.check_decode(query, keys, values, log_n, start, length, scale, position, query_position)
@@ -317,7 +317,8 @@ def lma_decode(
         outs.append(out[0, 0])
         sums.append(lse[0, 0])
     if not outs:
-        return query.clone(), query.new_zeros(query.shape[:2], dtype=compute_dtype(query))
+        nothing = query.new_zeros(*query.shape[:2], values.shape[1])
+        return nothing, query.new_zeros(query.shape[:2], dtype=compute_dtype(query))
     return torch.stack(outs), torch.stack(sums)
 
 

@@ -14,10 +14,12 @@ def biased_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, 
     ``bias`` must broadcast to ``[B, H_kv, Q, T]``. K and V are never expanded to query heads: one query folds its
     group into the query axis, several queries read K and V through a zero stride.
     """
+    query, keys, values, size = _one_width(query, keys, values)
     batch, heads, queries, dim = query.shape
     kv_heads, rows = keys.shape[1], keys.shape[2]
-    if not _fused(query, keys, values) or rows == 0:
-        return reference.biased_attention(query, keys, values, bias, scale)
+    if not _fused(query) or rows == 0:
+        out, lse = reference.biased_attention(query, keys, values, bias, scale)
+        return out[..., :size], lse
     group = heads // kv_heads
     bias = bias.expand(batch, kv_heads, -1, rows).reshape(batch * kv_heads, 1, -1, rows)
     if bias.shape[2] == 1:
@@ -34,7 +36,7 @@ def biased_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, 
         blank = unseen.view(batch, kv_heads, 1, -1).expand(-1, -1, group, queries).reshape(batch, heads, queries)
         out = out.masked_fill(blank[..., None], 0)
         lse = lse.masked_fill(blank, -torch.inf)
-    return out, lse
+    return out[..., :size], lse
 
 
 def causal_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -42,24 +44,38 @@ def causal_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) 
 
     Shapes and result as :func:`biased_attention`.
     """
+    query, keys, values, size = _one_width(query, keys, values)
     batch, heads, queries, dim = query.shape
     kv_heads = keys.shape[1]
-    if not _fused(query, keys, values):
+    if not _fused(query):
         bias = reference.causal_tail_bias(queries, queries, queries, query.device)
-        return reference.biased_attention(query, keys, values, bias[None, None], scale)
+        out, lse = reference.biased_attention(query, keys, values, bias[None, None], scale)
+        return out[..., :size], lse
     group = heads // kv_heads
     q = query.reshape(batch * kv_heads, group, queries, dim)
     k = keys.reshape(-1, 1, queries, dim).expand(-1, group, -1, -1)
     v = values.reshape(-1, 1, queries, dim).expand(-1, group, -1, -1)
     out, lse = _kernel(q, k, v, None, scale, is_causal=True)
-    return out.reshape(batch, heads, queries, dim), lse.reshape(batch, heads, queries)
+    return out.reshape(batch, heads, queries, dim)[..., :size], lse.reshape(batch, heads, queries)
 
 
-def _fused(query: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether a fused kernel that returns the log-sum-exp takes these tensors (fp64 on CUDA is not served)."""
-    on_cpu = query.device.type == "cpu"
+def _one_width(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The tensors with zeros behind the narrower of keys and values, and the values' own size: kernels want one width.
+
+    A copy, but only where they differ.
+    """
+    width = max(keys.shape[-1], values.shape[-1])
+
+    def padded(x: Tensor) -> Tensor:
+        return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+
+    return padded(query), padded(keys), padded(values), values.shape[-1]
+
+
+def _fused(query: Tensor) -> bool:
+    """Whether a fused kernel that returns the log-sum-exp takes such a query (fp64 on CUDA is not served)."""
     half = query.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    return keys.shape[-1] == values.shape[-1] and (on_cpu or (query.device.type == "cuda" and half))
+    return query.device.type == "cpu" or (query.device.type == "cuda" and half)
 
 
 def _kernel(

@@ -88,14 +88,14 @@ static inline bool softmax_block(float* logits, int rows, int64_t width, float* 
 
 template <typename T, int kQueries>
 static void attend_tile(const AttendArgs& a, int64_t first) {
-  const int64_t width = a.dim;
-  const float* query = a.query + first * width;
+  const int64_t dim = a.dim, width = a.value_dim;
+  const float* query = a.query + first * dim;
   float* out = a.out + first * width;
   float logits[kQueries][kAttendBlock];
   for (int64_t at = 0; at < a.rows; at += kAttendBlock) {
     const int rows = a.rows - at < kAttendBlock ? int(a.rows - at) : kAttendBlock;
     const T* values = static_cast<const T*>(a.values) + at * width;
-    block_logits<T, kQueries>(query, static_cast<const T*>(a.keys) + at * width, width, rows, logits);
+    block_logits<T, kQueries>(query, static_cast<const T*>(a.keys) + at * dim, dim, rows, logits);
     bool any = false;
     for (int g = 0; g < kQueries; ++g) {
       if (a.log_n)
@@ -122,7 +122,7 @@ static void attend_type(const AttendArgs& a) {
     a.top[i] = -kInf;
     a.total[i] = 0;
   }
-  for (int64_t i = 0; i < a.queries * a.dim; ++i) a.out[i] = 0;
+  for (int64_t i = 0; i < a.queries * a.value_dim; ++i) a.out[i] = 0;
   int64_t first = 0;
   for (; first + 4 <= a.queries; first += 4) attend_tile<T, 4>(a, first);
   for (; first + 2 <= a.queries; first += 2) attend_tile<T, 2>(a, first);

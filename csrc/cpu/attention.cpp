@@ -37,7 +37,7 @@ std::vector<Piece> split(const int64_t* start, const int64_t* length, int64_t he
   return pieces;
 }
 
-// Joins the pieces of one head: out [queries, dim] of the query's dtype and lse.
+// Joins the pieces of one head: out [queries, dim] (the values' dim) of the query's dtype and lse.
 void join(const std::vector<Piece>& pieces, size_t begin, size_t end, const float* out, const float* top,
           const float* total, int64_t queries, int64_t dim, Type type, void* to, float* lse) {
   std::vector<float> sum(dim);
@@ -67,7 +67,7 @@ void check_decode(const Tensor& query, const Tensor& keys, const Tensor& values,
   check_contiguous("keys", keys);
   const int64_t rows = keys.size(0), dim = keys.size(1);
   check_dtype("values", values, keys.scalar_type());
-  check_shape("values", values, {rows, dim});
+  check_shape("values", values, {rows, -1});
   check_contiguous("values", values);
   check_dtype("query", query, keys.scalar_type());
   check_shape("query", query, {-1, -1, dim});
@@ -95,19 +95,20 @@ std::tuple<Tensor, Tensor> lma_decode(Tensor query, Tensor keys, Tensor values, 
                                       Tensor start, Tensor length, double scale, std::optional<Tensor> position,
                                       std::optional<Tensor> query_position) {
   check_decode(query, keys, values, log_n, start, length, position, query_position);
-  const int64_t heads = query.size(0), queries = query.size(1), dim = query.size(2);
+  const int64_t heads = query.size(0), queries = query.size(1), dim = query.size(2), value_dim = values.size(1);
   const auto* first = static_cast<const int64_t*>(start.const_data_ptr());
   const auto* rows = static_cast<const int64_t*>(length.const_data_ptr());
   check_runs(first, rows, nullptr, heads, keys.size(0));
   const Type type = type_of(keys.scalar_type());
-  Tensor out = torch::stable::new_empty(query, query.sizes());
+  Tensor out = torch::stable::new_empty(query, {heads, queries, value_dim});
   Tensor lse = torch::stable::new_empty(query, {heads, queries}, ScalarType::Float);
   const std::vector<Piece> pieces = split(first, rows, heads);
   const int64_t count = static_cast<int64_t>(pieces.size());
-  std::unique_ptr<float[]> scaled(new float[heads * queries * dim]), parts(new float[count * queries * (dim + 2)]);
+  std::unique_ptr<float[]> scaled(new float[heads * queries * dim]);
+  std::unique_ptr<float[]> parts(new float[count * queries * (value_dim + 2)]);
   to_float(type, query.const_data_ptr(), heads * queries * dim, scaled.get());
   for (int64_t i = 0; i < heads * queries * dim; ++i) scaled[i] *= static_cast<float>(scale);
-  float *top = parts.get() + count * queries * dim, *total = top + count * queries;
+  float *top = parts.get() + count * queries * value_dim, *total = top + count * queries;
   const auto at = [&](const Tensor& x, int64_t row, int64_t width) {
     return static_cast<const char*>(x.const_data_ptr()) + row * width * x.element_size();
   };
@@ -118,7 +119,7 @@ std::tuple<Tensor, Tensor> lma_decode(Tensor query, Tensor keys, Tensor values, 
       a.type = type;
       a.query = scaled.get() + piece.head * queries * dim;
       a.keys = at(keys, piece.first, dim);
-      a.values = at(values, piece.first, dim);
+      a.values = at(values, piece.first, value_dim);
       if (log_n) a.log_n = static_cast<const float*>(log_n->const_data_ptr()) + piece.first;
       if (position) {
         a.position = static_cast<const int32_t*>(position->const_data_ptr()) + piece.first;
@@ -127,7 +128,8 @@ std::tuple<Tensor, Tensor> lma_decode(Tensor query, Tensor keys, Tensor values, 
       a.queries = queries;
       a.rows = piece.rows;
       a.dim = dim;
-      a.out = parts.get() + p * queries * dim;
+      a.value_dim = value_dim;
+      a.out = parts.get() + p * queries * value_dim;
       a.top = top + p * queries;
       a.total = total + p * queries;
       kernels().attend(a);
@@ -136,7 +138,7 @@ std::tuple<Tensor, Tensor> lma_decode(Tensor query, Tensor keys, Tensor values, 
   auto* lse_of = static_cast<float*>(lse.mutable_data_ptr());
   for (size_t begin = 0, end; begin < pieces.size(); begin = end) {
     for (end = begin + 1; end < pieces.size() && pieces[end].head == pieces[begin].head;) ++end;
-    join(pieces, begin, end, parts.get(), top, total, queries, dim, type, out.mutable_data_ptr(), lse_of);
+    join(pieces, begin, end, parts.get(), top, total, queries, value_dim, type, out.mutable_data_ptr(), lse_of);
   }
   return {out, lse};
 }

@@ -17,12 +17,12 @@ struct AttendArgs {
   Type type;
   const float* query;            // [queries, dim], scale applied
   const void* keys;              // [rows, dim]
-  const void* values;            // [rows, dim]
+  const void* values;            // [rows, value_dim]
   const float* log_n;            // [rows] or null
   const int32_t* position;       // [rows] or null
   const int64_t* query_position;  // [queries], with position
-  int64_t queries, rows, dim;
-  float* out;    // [queries, dim]
+  int64_t queries, rows, dim, value_dim;
+  float* out;    // [queries, value_dim]
   float* top;    // [queries] largest logit, -inf where no row was seen
   float* total;  // [queries] sum of exp(logit - top)
 };

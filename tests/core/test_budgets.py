@@ -198,3 +198,25 @@ def test_every_kind_is_made_by_its_name():
     for name, table in (("head_budgets", HEAD_BUDGETS), ("layer_budgets", LAYER_BUDGETS)):
         with pytest.raises(ValueError, match="unknown.*'nothing'.*uniform"):
             make_split(name, "nothing", table)
+
+
+# -- pooled --------------------------------------------------------------------------------------------------------
+def test_pooled_heads_and_layers_lose_the_same_units():
+    """Sums over heads, and over layers: free units are counted from the oldest, wherever they lie."""
+    free = torch.tensor([[[True, True, True, False], [False, True, True, True]]])
+    cost = torch.tensor([[[1.0, 5, 9, 0], [0, 9, 3, 2]]])  # in sum over the heads: 10, 8, 11
+    one = Judged(cost, free, torch.full((1, 2), 4), torch.tensor([[3, 3]]))
+    assert HEAD_BUDGETS["pooled"]().choose(one)[0].nonzero().tolist() == [[0, 1], [1, 2]]
+    other = Judged(torch.tensor([[[0.0, 8, 0], [0, 0, 0]]]), torch.ones(1, 2, 3, dtype=torch.bool),
+                   torch.full((1, 2), 3), torch.tensor([[2, 3]]))  # with the first layer: 10, 16, 11
+    first, second = LAYER_BUDGETS["pooled"]().split([one, other], [None], HEAD_BUDGETS["uniform"]())
+    assert first[0].nonzero().tolist() == [[0, 0], [1, 1]] and second[0].nonzero().tolist() == [[0, 0], [1, 0]]
+
+
+def test_pooled_refuses_heads_that_hold_different_rows():
+    free = torch.tensor([[[True, True], [True, False]]])
+    judged = Judged(torch.zeros(1, 2, 2), free, torch.full((1, 2), 2), torch.ones(1, 2).long())
+    with pytest.raises(ValueError, match=r"heads that hold the same rows.*\[2, 1\]"):
+        HEAD_BUDGETS["pooled"]().choose(judged)
+    none = Judged(torch.zeros(1, 2, 2), free, torch.full((1, 2), 2), torch.full((1, 2), 2))
+    assert not HEAD_BUDGETS["pooled"]().choose(none).any()

@@ -13,6 +13,7 @@ from tiny_models import (
     prompt,
     tiny_model,
 )
+from zack_bases import zack
 
 import asymkv
 from asymkv.methods import METHODS
@@ -20,6 +21,9 @@ from asymkv.methods import METHODS
 # Variants of a method whose contracts are checked beside its defaults.
 VARIANTS = {
     **{name: {"method": name, **OPTIONS.get(name, {}), **head_scores(cls)} for name, cls in METHODS.items()},
+    "aagc-derotate": {"method": "aagc", **OPTIONS["aagc"], "rope_mode": "derotate", "kmeans_iters": 2},
+    "aagc-global": {"method": "aagc", **OPTIONS["aagc"], "score_scope": "global", "kmeans_update": "ema"},
+    "aagc-seed": {"method": "aagc", **OPTIONS["aagc"], "seed_compat": True, "num_clusters": 12},
     "asymkv-loss": {"method": "asymkv", "curvature": "loss"},
     "asymkv-output": {"method": "asymkv", "curvature": "output"},
     "asymkv-error": {"method": "asymkv", "key_weights": "output_error", "pair_rule": "output_error"},
@@ -51,12 +55,18 @@ VARIANTS = {
     "razor-window": {"method": "razor", "head_scores": HEAD_SCORES, "window_size": 8},
     "razor-unbiased": {"method": "razor", "head_scores": HEAD_SCORES, "count_bias": False, "mean_after_rope": False},
     "duo-half": {"method": "duo_attention", "head_scores": HEAD_SCORES, "sparsity": 0.5, "window_size": 8},
+    "zack": {"method": "zack", "dimensions": zack(1.0)},
+    "zack-folded": {"method": "zack", "dimensions": zack(1.0, fold=True)},
+    "zack-h2o": {"method": "h2o", "dimensions": zack(1.0)},
+    "zack-error": {"method": "asymkv", "dimensions": zack(1.0), "pair_rule": "output_error", "curvature": "output"},
     "uncomp-avg": {"method": "uncomp", "head_scores": HEAD_SCORES, "groups": 3, "pooling": "avg", "kernel_size": 5},
 }
 # What a family changes is the same for all methods: variants run on one family, and whole conversations of a few
 # methods on the others.
-DEFAULTS_EVERYWHERE = [(f, v) for v in VARIANTS for f in FAMILIES if f == "llama" or v in METHODS]
-FEW_EVERYWHERE = [(f, v) for v in VARIANTS for f in FAMILIES if f == "llama" or v in ("asymkv", "h2o", "snapkv")]
+FEW = ("asymkv", "h2o", "snapkv")
+DEFAULTS_EVERYWHERE = [(f, v) for v in VARIANTS for f in FAMILIES
+                       if f == "llama" or v in ({*FEW, "aagc", "kvzip"} if f == "gpt2" else METHODS)]  # fmt: skip
+FEW_EVERYWHERE = [(f, v) for v in VARIANTS for f in FAMILIES if f == "llama" or v in FEW]
 
 
 def chunked(variant: str, size: int) -> dict:
@@ -86,11 +96,11 @@ def test_decode_matches_recompute(family):
     assert_close("decode", ref[:, 80:], torch.cat(steps, 1), 1e-5)
 
 
-@pytest.mark.parametrize("size", [1, 7, 64])
-def test_chunked_prefill_matches_one_shot(size):
-    model = tiny_model()
+@pytest.mark.parametrize(("family", "size"), [("llama", 1), ("llama", 7), ("llama", 64), ("gpt2", 7)])
+def test_chunked_prefill_matches_one_shot(family, size):
+    model = tiny_model(family)
     ref = model(prompt(100)).logits
-    with asymkv.replace("llama", method="full", chunk_size=size):
+    with asymkv.replace(family, method="full", chunk_size=size):
         assert_close("logits", ref, model(prompt(100)).logits, 1e-5)
 
 
@@ -148,7 +158,7 @@ def test_padded_batch_equals_rows_alone(family, variant):
                             torch.ones_like(follow_alone[row]))  # fmt: skip
             assert_close("logits", ref[0], logits[row], 1e-6)
             assert_same_rows(one, cache, row_b=row, rtol=1e-6)
-            if variant != "full":
+            if cache.config.options.compresses:
                 held = torch.stack([cache.num_rows(layer)[row] for layer in range(2)]).double().mean()
                 assert cache.compactions and held < 0.8 * cache.tokens_seen[row]
     assert cache.tokens_seen.tolist() == [a + 12 + b for a, b in zip(lengths, [60, 40, 9], strict=True)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import yaml
 from tiny_models import OPTIONS, head_scores, prompt, tiny_model
 from torch import Tensor, nn
+from zack_bases import even_model, zack
 
 import asymkv
 from asymkv import CompressedCache, CompressionConfig
@@ -22,6 +23,10 @@ TOKENS, BUDGET, CHUNK, STEPS, TURN = 140, 48, 32, 6, 40
 SHIPPED = sorted(p.stem for p in (config_root() / "methods").glob("*.yaml"))
 # Settings that no file ships: mergers that count what they merge, and other splits.
 EXTRA = {
+    "aagc_derotate": {"method": "aagc", "rope_mode": "derotate", "kmeans_iters": 3},
+    "aagc_ema": {"method": "aagc", "kmeans_update": "ema", "count_bias": False, "kmeans_learning_rate": 0.3},
+    "aagc_global": {"method": "aagc", "score_scope": "global"},
+    "aagc_layer": {"method": "aagc", "score_scope": "layer"},
     "asymkv_error": {"method": "asymkv", "key_weights": "output_error", "pair_rule": "output_error"},
     "asymkv_global": {"method": "asymkv", "layer_budgets": "global"},
     "asymkv_symmetric_attention": {"method": "asymkv_symmetric", "key_weights": "attention"},
@@ -34,11 +39,17 @@ EXTRA = {
     "kvzip_head": {"method": "kvzip", "level": "head"},
     "kvzip_uniform": {"method": "kvzip", "level": "pair_uniform"},
     "razor_unbiased": {"method": "razor", "count_bias": False, "mean_after_rope": False},
+    "asymkv_zack": {"method": "asymkv", "dimensions": zack(), "key_weights": "output_error"},
+    "criticalkv_zack": {"method": "criticalkv", "dimensions": zack(ranks="energy", multiple=2, least=2)},
+    "kvzip_zack": {"method": "kvzip", "plus": True, "dimensions": zack(0.75)},
     "value_merge_counts": {"method": "value_merge", "count_bias": True, "threshold": -1.0},
 }
 SETTINGS = [*METHODS, *(name for name in SHIPPED if name not in METHODS), *EXTRA]
 # Published numbers that a prompt of this size would never reach, scaled down.
 SMALL: dict[str, dict[str, Any]] = {
+    "zack": {"dimensions": zack()},
+    "snapkv_zack": {"dimensions": zack(fold=True)},
+    "aagc_seed": {"num_clusters": 12},
     "asymkv_upstream": {"chunk_size": CHUNK},
     "duo_attention_paper": {"sink_size": 4, "recent_size": 12, "window_size": 8},
     "razor_paper": {"least_recent": 12, "window_size": 8},
@@ -77,13 +88,7 @@ def sized(name: str, *, chunk: int | str = CHUNK, **overrides: Any) -> Compressi
 @functools.cache
 def model_of(kind: str = "plain") -> nn.Module:
     """A tiny llama; "even": every query scores every key alike."""
-    model = tiny_model()
-    if kind == "even":
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if "q_proj" in name or "k_proj" in name:
-                    p.zero_()
-    return model
+    return even_model() if kind == "even" else tiny_model()
 
 
 @dataclass
@@ -119,11 +124,17 @@ def talk(name: str) -> Talk:
     return Talk(config, *caches, cache)
 
 
+def full_rows(tokens: int, name: str) -> CompressedCache:
+    """Every row of a prompt, read at once, in the dimensions of a setting."""
+    dimensions = settings_of(name, budget=600).dimensions
+    return _full_rows(tokens, None if dimensions is None else json.dumps(dimensions))
+
+
 @functools.cache
-def full_rows(tokens: int) -> CompressedCache:
-    """Every row of a prompt, read at once."""
+def _full_rows(tokens: int, dimensions: str | None) -> CompressedCache:
     model = model_of()
-    with asymkv.replace("llama", model=model, method="full"):
+    rows = None if dimensions is None else json.loads(dimensions)
+    with asymkv.replace("llama", model=model, method="full", dimensions=rows):
         return model(prompt(TOKENS + STEPS + TURN)[:, :tokens]).past_key_values
 
 

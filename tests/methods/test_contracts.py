@@ -33,6 +33,9 @@ from asymkv.methods import METHODS
 CELLS = LAYERS * HEADS
 # Rows may differ from the budget, and by how many in the whole cache: (fewer, more); None = the budget is not asked.
 ROWS = {
+    # What is kept is folded at once, and the head fills up again.
+    **dict.fromkeys(["aagc", "aagc_derotate", "aagc_ema", "aagc_global", "aagc_layer"], (BUDGET * CELLS, 0)),
+    "aagc_seed": (BUDGET * CELLS, 0),
     "asymkv_upstream": (0, 32 * CELLS),  # the last chunk stays whole
     "duo_attention_paper": None,  # published shares
     "razor_paper": None,
@@ -44,13 +47,13 @@ ROWS = {
 # Nothing but chunks is protected: the window's chunk ranks highest, and may be cut from by the ratio.
 UNPROTECTED = {"kvpress_chunkkv"}
 # What a merger changes beside the rows that it merges.
-MERGERS = {"asymkv", "asymkv_symmetric", "cam", "d2o", "kvmerger", "razor", "value_merge"}
+MERGERS = {"aagc", "asymkv", "asymkv_symmetric", "cam", "d2o", "kvmerger", "razor", "value_merge"}
 KEYS_STAY = {"cam", "cam_streaming", "cam_counts", "value_merge", "value_merge_counts"}
 # Cardinalities of a head sum to its tokens.
-COUNTS_ALL = {"asymkv", "asymkv_adaptive", "asymkv_paper", "asymkv_error", "asymkv_global", "kvmerger_counts", "razor",
-              "razor_paper", "value_merge_counts", "full"}  # fmt: skip
+COUNTS_ALL = {"asymkv", "asymkv_zack", "asymkv_adaptive", "asymkv_paper", "asymkv_error", "asymkv_global",
+              "kvmerger_counts", "razor", "razor_paper", "value_merge_counts", "full"}  # fmt: skip
 # A cardinality counts tokens, and some tokens are dropped with theirs.
-COUNTS_SOME = {"asymkv_upstream", "cam_counts", "d2o_counts"}
+COUNTS_SOME = {"aagc", "aagc_derotate", "aagc_global", "aagc_layer", "asymkv_upstream", "cam_counts", "d2o_counts"}
 
 
 @functools.cache
@@ -103,7 +106,10 @@ def test_bytes_are_what_the_buffers_take(name):
         assert cache.nbytes == sum(buffers.values()), stage
         statistics = sum(c.element_size() * c[0].numel() for n, c in cache.layers[0].storage.columns.items()
                          if n not in ("keys", "values", "cardinality", "log_n", "position"))  # fmt: skip
-        assert cache.shape.row_bytes >= 2 * HEAD_DIM * 4 + 12 + statistics, "a byte budget counts every column"
+        widths = [sum(layer.storage.columns[n].shape[1] for n in ("keys", "values")) for layer in cache.layers]
+        assert cache.config.dimensions or set(widths) == {2 * HEAD_DIM}
+        row = sum(widths) / LAYERS * 4 + 12 + statistics
+        assert cache.shape.row_bytes >= row, "a byte budget counts every column"
 
 
 @pytest.mark.parametrize("name", COMPRESSING)
@@ -150,7 +156,7 @@ def test_the_next_token_stands_behind_all_tokens_seen(name):
     if found.config.decode_interval == 1 and not found.config.window_size:
         return
     before, after = found.prompt, found.token
-    ref = full_rows(TOKENS + 1)
+    ref = full_rows(TOKENS + 1, name)
     for head in range(HEADS):  # of layer 0: its keys are the embedding's alone
         assert after.positions(0)[0][head][-1] == TOKENS
         n = before.cardinality(0)[0][head]
@@ -178,7 +184,7 @@ def test_cardinalities_are_honest(name):
 @pytest.mark.parametrize("name", COMPRESSING)
 def test_rows_that_stay_keep_their_bits(name):
     """Against every row of the same prompt; a policy that moves rows turns their keys."""
-    cache, ref = one_shot(name), full_rows(TOKENS)
+    cache, ref = one_shot(name), full_rows(TOKENS, name)
     config, evicts = cache.config, name in EVICTORS
     columns = ("positions", "cardinality", "keys", "values")
     for (layer, _, found), (_, _, (_, _, keys, values)) in zip(heads_of(cache, *columns), heads_of(ref, *columns),
@@ -203,7 +209,7 @@ def test_rows_that_stay_keep_their_bits(name):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_budget_for_all_rows_loses_none(name):
     cache = run(name, model_of(), [TOKENS, 1, 30], budget=400)
-    whole = full_rows(TOKENS + 31)
+    whole = full_rows(TOKENS + 31, name)
     if ROWS.get(name, ()) is None:
         return  # published shares ask for no budget
     assert held(cache) == CELLS * (TOKENS + 31) and not cache.compactions

@@ -68,7 +68,8 @@ def test_queries_and_keys_are_the_models_own(family):
     watch(model, ids[0], lambda layer, q, k, scale: seen.update({layer: (q, k, scale)}))
     for layer, (q, k, scale) in seen.items():
         assert_close("keys", stock.layers[layer].keys[0], k, 1e-5)
-        assert q.shape == (4, 40, 16) and scale == 0.25
+        heads = model.config.num_attention_heads
+        assert q.shape == (heads, 40, 64 // heads) and scale == pytest.approx((64 // heads) ** -0.5)
     with asymkv.replace(family, budget=48):
         again = {}
         watch(model, ids[0], lambda layer, q, k, scale: again.update({layer: k}))

@@ -183,6 +183,19 @@ def test_decode_matches_fp64_reference(head_lens, dim, dtype, queries, positions
     assert_lse(want[1], have[1], 1e-6)
 
 
+@pytest.mark.parametrize(("dim", "value_dim"), [(64, 24), (16, 104), (8, 8), (40, 256)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decode_takes_values_of_another_size(dim, value_dim, dtype):
+    rows, query = make_rows([5, 0, 130, 700], dim, dtype), torch.randn(4, 5, dim).to(dtype)
+    values = torch.randn(len(rows.keys), value_dim).to(dtype)
+    args = [rows.log_n, rows.start, rows.length, dim**-0.5]
+    want = reference.lma_decode(query.double(), rows.keys.double(), values.double(), *args)
+    have = native("lma_decode")(query, rows.keys, values, *args)
+    assert have[0].shape == (4, 5, value_dim)
+    assert_close("out", want[0], have[0], RTOL[dtype])
+    assert_lse(want[1], have[1], 1e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decode_is_finite_for_logits_of_ten_thousand(dtype):
     rows = make_rows([70, 3], 64, dtype)
@@ -238,6 +251,11 @@ def samples():
                                   "attention_mass", "key_curvature"])  # fmt: skip
 def test_opcheck(name):
     torch.library.opcheck(native(name).default, tuple(samples()[name]))
+
+
+def test_opcheck_of_values_of_another_size():
+    query, keys, values, *rest = samples()["lma_decode"]
+    torch.library.opcheck(native("lma_decode").default, (query, keys, values[:, :24].contiguous(), *rest))
 
 
 def test_decode_step_compiles_without_a_graph_break():

@@ -1,0 +1,175 @@
+"""Calibration of ZACK's bases (arXiv 2408.04107): leading directions of queries and keys, and of values and W_O.
+
+Only Gram matrices are kept, in fp64: no token is stored, and samples may be as many as one likes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from asymkv.analysis.watch import kv_heads, watch_inputs
+from asymkv.dimensions.basis import UNFINISHED, Basis
+from asymkv.files import replace_file, sha256, sha256_file
+from asymkv.head_scores import model_of, read_checked, write_checked
+from asymkv.models import get_adapter
+from asymkv.rope import Rope, apply_rope
+
+FORMAT = "asymkv-zack-sums-1"
+SUMS = "unfinished.safetensors"
+SAVE_SECONDS = 60.0  # of work at most that a kill loses; an interruption loses none
+
+
+def calibrate(
+    model: PreTrainedModel,
+    samples: Sequence[Tensor],
+    *,
+    folder: str | Path | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Basis:
+    """Bases of every KV head, from what the model's layers compute on samples of text.
+
+    Queries and keys: of the rows of all query heads of a group, after RoPE, and of the keys, once for every query
+    head. Values: of the values and the group's slices of the output projection. Nothing is centred.
+
+    Args:
+        model: a causal LM of a known family.
+        samples: token ids ``[S]`` each.
+        folder: where an interrupted calibration leaves its sums, and goes on from them; None: nowhere.
+        progress: called with the number of samples done, after each.
+
+    Raises:
+        ValueError: for fewer tokens than a head has dimensions, states that are not finite, or sums of another
+            calibration in the folder.
+    """
+    sums = Sums.resume(model, samples, folder)
+    _check_tokens(model, samples)
+    saved = time.monotonic()
+    try:
+        while sums.samples < len(samples):
+            sums.add(model, samples[sums.samples])
+            if progress is not None:
+                progress(sums.samples)
+            if folder is not None and time.monotonic() - saved > SAVE_SECONDS:
+                sums.save(folder)
+                saved = time.monotonic()
+    except BaseException:  # an interruption too: what was summed up is worth keeping
+        if folder is not None and sums.samples:
+            sums.save(folder)
+        raise
+    return sums.basis(model, samples)
+
+
+class Sums:
+    """Gram matrices of a calibration on its way.
+
+    Args:
+        keys: ``[L, H_kv, D, D]`` fp64, of queries and keys.
+        values: ``[L, H_kv, D, D]`` fp64.
+        model: what they are of, from :func:`asymkv.head_scores.model_of`.
+        settings: and what it reads.
+        samples: how many are in.
+    """
+
+    def __init__(
+        self, keys: Tensor, values: Tensor, model: dict[str, Any], settings: dict[str, Any], samples: int = 0
+    ) -> None:
+        self.keys, self.values = keys, values
+        self.model = model
+        self.settings = settings
+        self.samples = samples
+
+    @classmethod
+    def resume(cls, model: PreTrainedModel, samples: Sequence[Tensor], folder: str | Path | None) -> Sums:
+        """The sums that a folder holds, or empty ones."""
+        settings = {"samples_sha256": sha256(json.dumps([s.tolist() for s in samples]).encode()),
+                    "dtype": str(model.dtype).removeprefix("torch.")}  # fmt: skip
+        if folder is None or not (Path(folder) / UNFINISHED).is_file():
+            heads = model.config.num_attention_heads
+            size = getattr(model.config, "head_dim", None) or model.config.hidden_size // heads
+            shape = (model.config.num_hidden_layers, kv_heads(model), size, size)
+            empty = torch.zeros(shape, dtype=torch.double)
+            return cls(empty, empty.clone(), model_of(model), settings)
+        path = Path(folder) / UNFINISHED
+        content = read_checked(path, FORMAT, model, "an unfinished calibration")
+        if content["settings"] != settings:
+            raise ValueError(f"{path} is of other samples or another dtype, {content['samples']} of them done; finish "
+                             "that calibration, remove the file, or choose another folder")
+        if sha256_file(Path(folder) / SUMS) != content["sums_sha256"]:
+            raise ValueError(f"{Path(folder) / SUMS} is damaged; remove {path} to begin anew")
+        sums = load_file(Path(folder) / SUMS)
+        return cls(**sums, model=content["model"], settings=settings, samples=content["samples"])
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the sums; finished ones are removed by the caller."""
+        tensors = {"keys": self.keys, "values": self.values}
+        digest = replace_file(Path(folder) / SUMS, lambda path: save_file(tensors, path))
+        content = {"format": FORMAT, "model": self.model, "settings": self.settings, "samples": self.samples,
+                   "sums_sha256": digest}  # fmt: skip
+        write_checked(Path(folder) / UNFINISHED, content)
+
+    def add(self, model: PreTrainedModel, ids: Tensor) -> None:
+        """Reads one sample; all of it counts, or nothing."""
+        adapter = get_adapter(model.config.model_type)
+        cos, sin = Rope(adapter.rotary(model)).tables(torch.arange(len(ids), device=model.device)[None], model.dtype)
+        keys, values = torch.zeros_like(self.keys), torch.zeros_like(self.values)
+
+        def look(module: Any, hidden: Tensor) -> None:
+            q, k, v = adapter.project(module, hidden)
+            tables = cos[:, None].to(q.device), sin[:, None].to(q.device)
+            keys[module.layer_idx] = joint_gram(apply_rope(q, *tables)[0], apply_rope(k, *tables)[0]).cpu()
+            values[module.layer_idx] = gram(v[0]).cpu()
+
+        watch_inputs(model, ids, look)
+        if not bool(keys.isfinite().all() and values.isfinite().all()):
+            raise ValueError(f"queries, keys or values of sample {self.samples} are not finite; nothing of it counts")
+        self.keys += keys
+        self.values += values
+        self.samples += 1
+
+    def basis(self, model: PreTrainedModel, samples: Sequence[Tensor]) -> Basis:
+        """The bases, the output projections added."""
+        measured = {"samples": len(samples), "tokens": sum(len(s) for s in samples), **self.settings}
+        return Basis.of_grams(self.keys, self.values + output_grams(model), self.model, measured)
+
+
+def gram(rows: Tensor) -> Tensor:
+    """``X^T X`` of ``rows [..., n, D]``, in fp64: squares of half types leave their range."""
+    rows = rows.double()
+    return rows.transpose(-1, -2) @ rows
+
+
+def joint_gram(queries: Tensor, keys: Tensor) -> Tensor:
+    """Of ``queries [H, S, D]`` and ``keys [H_kv, S, D]``, the latter once for every query head: ``[H_kv, D, D]``."""
+    group = len(queries) // len(keys)
+    return gram(queries.reshape(len(keys), -1, queries.shape[-1])) + group * gram(keys)
+
+
+def output_grams(model: PreTrainedModel) -> Tensor:
+    """``[L, H_kv, D, D]`` fp64: ``W_O^T W_O`` of the slices of each group's heads."""
+    adapter = get_adapter(model.config.model_type)
+    found: dict[int, Tensor] = {}
+    modules: Any = [m for m in model.modules() if isinstance(m, adapter.attention_class())]
+    for module in modules:
+        weight = adapter.output_weight(module).detach()
+        if not weight.is_floating_point():
+            raise ValueError(f"the output projection's weight must be in floating point; found {weight.dtype}")
+        by_head = weight.double().T.unflatten(0, (kv_heads(model), -1, module.head_dim))  # [H_kv, G, D, hidden]
+        found[module.layer_idx] = gram(by_head.transpose(2, 3).flatten(1, 2)).cpu()
+    return torch.stack([found[i] for i in range(len(found))])
+
+
+def _check_tokens(model: PreTrainedModel, samples: Sequence[Tensor]) -> None:
+    tokens = sum(len(s) for s in samples)
+    size = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
+    if tokens < size:
+        raise ValueError(f"a basis of {size} dimensions needs at least as many tokens; found {tokens} in "
+                         f"{len(samples)} samples")

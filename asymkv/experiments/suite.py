@@ -1,0 +1,244 @@
+"""Runs a plan of arms over lengths, summaries and LongBench rows into a folder, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from asymkv.experiments.arms import METHOD_GROUP, Plan, SuiteArm
+from asymkv.experiments.corpus import digest, read_articles, read_text, windows
+from asymkv.experiments.measure import NotFiniteError, Record, measure_text
+from asymkv.experiments.tasks import answer_row, summarise
+from asymkv.longbench import models, runner
+from asymkv.longbench.arms import StoredTooMuchError
+from asymkv.longbench.data import load_rows, load_tasks
+from asymkv.longbench.measure import Protocol, Subject
+from asymkv.longbench.records import RecordFolder
+
+TEXT, SUMMARY, LONGBENCH = "text", "summary", "longbench"
+FINAL = "final_model"  # where scripts/train.py leaves its weights, in its output folder
+KEY_FIELDS = ("kind", "arm", "length", "item")
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured, and on what.
+
+    Args:
+        model: short name, hub id or folder.
+        out: folder of records and results.
+        text: see :func:`asymkv.experiments.corpus.read_text`; ``text_config`` of a dataset.
+        lengths: tokens of the windows that methods read.
+        ablation_length: tokens of those that ablations read.
+        samples: windows of each length.
+        batch: windows read at a time.
+        decode_steps: generated tokens that are timed behind each window.
+        summaries: a jsonl file or dataset of articles; None = no summaries.
+        longbench: tasks; ``data_dir`` and ``longbench_config`` as in ``scripts/pred.py``.
+        new_tokens: of a summary.
+        dtype, device: of model and cache.
+        cache_dir: of the ``datasets`` library.
+    """
+
+    model: str
+    out: Path
+    text: str
+    text_config: str | None = None
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
+    ablation_length: int = 2048
+    samples: int = 10
+    batch: int = 1
+    decode_steps: int = 16
+    summaries: str | None = None
+    longbench: tuple[str, ...] = ()
+    data_dir: str | None = None
+    longbench_config: str | None = None
+    new_tokens: int = 128
+    dtype: str = "auto"
+    device: str = "cpu"
+    cache_dir: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One thing to measure for every arm of some groups: ``run`` gives a record per item."""
+
+    kind: str
+    length: int
+    items: tuple[str, ...]
+    methods_only: bool
+    run: Callable[[SuiteArm], list[Record]]
+
+
+def run_suite(options: Options, plan: Plan) -> dict[str, Any]:
+    """Measures what the folder lacks.
+
+    Returns:
+        ``records``, ``refused`` (arm: why), ``skipped`` (lengths beyond the model's window), ``conditions`` and
+        ``arms`` (name: group and settings).
+
+    Raises:
+        ValueError: for a folder of other settings, or texts that cannot be had.
+    """
+    suite = Suite(options, plan)
+    for checkpoint in dict.fromkeys(arm.checkpoint for arm in plan.arms):
+        suite.run(checkpoint, [arm for arm in plan.arms if arm.checkpoint == checkpoint])
+    return suite.results()
+
+
+class Suite:
+    """A run into a folder.
+
+    Args:
+        options: what is measured.
+        plan: the arms.
+    """
+
+    def __init__(self, options: Options, plan: Plan) -> None:
+        self.options, self.plan = options, plan
+        self.refused = dict(plan.refused)
+        self.skipped: list[int] = []
+        self.spec = models.resolve_spec(options.model, max_length=sys.maxsize, chat_template=False)
+        self.tokenizer = models.load_tokenizer(self.spec)
+        text = read_text(options.text, config=options.text_config, cache_dir=options.cache_dir)
+        self.ids = self.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+        self.folder = RecordFolder(options.out / "records", lambda record: tuple(record[name] for name in KEY_FIELDS))
+        self.conditions: Record = {}
+
+    def run(self, checkpoint: str | None, arms: Sequence[SuiteArm]) -> None:
+        """Measures some arms with one set of weights."""
+        model = load_weights(self.spec, checkpoint, self.options.dtype, self.options.device)
+        window = int(getattr(model.config, "max_position_embeddings", sys.maxsize))
+        spec = dataclasses.replace(self.spec, max_length=window)
+        subject = Subject(model, self.tokenizer, spec, models.stop_ids(spec, model, self.tokenizer))
+        self.conditions = runner.conditions(subject, runner.Ranks(0, 1, torch.device(self.options.device)))
+        self.folder.claim(self._settings(model, arms), self.conditions)
+        self.skipped = [n for n in self.options.lengths if n > window]
+        jobs = list(self._jobs(subject, window))
+        records = {self.folder.key(record): record for record in self.folder.read()}
+        with tqdm(total=sum(len(self._arms(job, arms)) for job in jobs), unit="arm") as bar:
+            for job in jobs:
+                for arm in self._arms(job, arms):
+                    bar.set_postfix_str(f"{job.kind} {job.length} {arm.name}", refresh=False)
+                    self._measure(job, arm, records)
+                    bar.update()
+
+    def _arms(self, job: Job, arms: Sequence[SuiteArm]) -> list[SuiteArm]:
+        return [arm for arm in arms if (arm.group == METHOD_GROUP) == job.methods_only]
+
+    def _measure(self, job: Job, arm: SuiteArm, records: dict[Any, Record]) -> None:
+        """Adds an arm's records of a job, measured, or taken over from an arm that is the same but for its name."""
+        if arm.name in self.refused or all((job.kind, arm.name, job.length, item) in records for item in job.items):
+            return
+        twins = [a.name for a in self.plan.arms if a.identity == arm.identity]
+        found: list[Record] = []
+        for name in twins:
+            known = [records.get((job.kind, name, job.length, item)) for item in job.items]
+            if all(known):
+                found = [{k: v for k, v in each.items() if k not in KEY_FIELDS} for each in known if each]
+                break
+        try:
+            found = found or job.run(arm)
+        except (ValueError, ImportError, NotFiniteError, StoredTooMuchError, torch.OutOfMemoryError) as error:
+            self.refused[arm.name] = f"{job.kind}, {job.length} tokens: {error}"
+            logger.error("%s is not measured: %s", arm.name, self.refused[arm.name])
+            return
+        for item, values in zip(job.items, found, strict=True):
+            key = (job.kind, arm.name, job.length, item)
+            if key not in records:
+                records[key] = {**dict(zip(KEY_FIELDS, key, strict=True)), **values}
+                self.folder.append(records[key])
+
+    def _jobs(self, subject: Subject, window: int) -> Iterator[Job]:
+        """Short texts first; the arms of a text in turn, so that an unfinished run compares them on the same ones."""
+        for length in sorted(self.options.lengths):
+            if length <= window:
+                yield from self._text_jobs(subject, length, methods_only=True)
+        yield from self._text_jobs(subject, min(self.options.ablation_length, window), methods_only=False)
+        if self.options.summaries is not None:
+            articles = read_articles(self.options.summaries, self.options.samples, cache_dir=self.options.cache_dir)
+            most = min(window, max(self.options.lengths, default=window))
+            for index, article in enumerate(articles):
+                def summary(arm: SuiteArm, article: Any = article) -> list[Record]:
+                    return [summarise(subject, arm, article, most, self.options.new_tokens)]
+
+                yield Job(SUMMARY, most, (str(index),), True, summary)
+        yield from self._longbench_jobs(subject, window)
+
+    def _text_jobs(self, subject: Subject, length: int, *, methods_only: bool) -> Iterator[Job]:
+        found = windows(self.ids, length, self.options.samples)
+        for begin in range(0, len(found), self.options.batch):
+            batch = torch.stack(found[begin : begin + self.options.batch])
+
+            def text(arm: SuiteArm, batch: Tensor = batch) -> list[Record]:
+                return measure_text(subject.model, arm, batch, self.options.decode_steps)
+
+            items = tuple(str(begin + i) for i in range(len(batch)))
+            yield Job(TEXT, length, items, methods_only, text)
+
+    def _longbench_jobs(self, subject: Subject, window: int) -> Iterator[Job]:
+        names = list(self.options.longbench)
+        tasks = load_tasks(names, self.options.longbench_config) if names else {}
+        for name in names:
+            rows = load_rows(name, data_dir=self.options.data_dir, max_samples=self.options.samples)
+            for row in rows:
+                def answer(arm: SuiteArm, row: Any = row, task: Any = tasks[name]) -> list[Record]:
+                    limited = dataclasses.replace(subject.spec, max_length=window - task.max_new_tokens)
+                    return [answer_row(dataclasses.replace(subject, spec=limited), arm, task, row, Protocol())]
+
+                yield Job(LONGBENCH, 0, (f"{name}/{row['_id']}",), True, answer)
+
+    def _settings(self, model: PreTrainedModel, arms: Sequence[SuiteArm]) -> Record:
+        """Everything that the numbers depend on."""
+        plain = dataclasses.asdict(self.options)
+        settings = {name: plain[name] for name in ("samples", "decode_steps", "new_tokens")}
+        settings |= {"model": self.spec.path, "dtype": str(model.dtype).removeprefix("torch."),
+                     "device": model.device.type, "tokens_sha256": digest(self.ids),
+                     "summaries": self.options.summaries}  # fmt: skip
+        settings["arms"] = {arm.name: json.loads(arm.identity) for arm in arms}
+        return json.loads(json.dumps(settings, default=str))
+
+    def results(self) -> dict[str, Any]:
+        """Records and what is to be said of them."""
+        arms = {arm.name: {"group": arm.group, "config": arm.config.to_dict(), "stride": arm.stride} for arm in
+                self.plan.arms}  # fmt: skip
+        wanted = set(arms)
+        records = [r for r in self.folder.read() if r["arm"] in wanted]
+        return {"records": records, "refused": self.refused, "skipped": self.skipped, "arms": arms,
+                "conditions": {**self.conditions, "model": self.spec.name, "text": self.options.text}}  # fmt: skip
+
+
+def load_weights(spec: models.ModelSpec, checkpoint: str | None, dtype: str, device: str) -> PreTrainedModel:
+    """The model, or a checkpoint of it: a folder of weights, or of a LoRA adapter, which is merged.
+
+    Raises:
+        ValueError: for a folder that holds neither.
+    """
+    kind = "auto" if dtype == "auto" else getattr(torch, dtype)
+    if checkpoint is None:
+        return models.load_model(spec, dtype=kind, device=device)
+    folder = next((f for f in (Path(checkpoint), Path(checkpoint) / FINAL) if _weights(f)), None)
+    if folder is None:
+        raise ValueError(f"{checkpoint} holds no weights: config.json or adapter_config.json is missing, in it and in "
+                         f"its folder {FINAL}/")
+    if (folder / "adapter_config.json").is_file():
+        from peft import PeftModel
+
+        base = models.load_model(spec, dtype=kind, device=device)
+        return PeftModel.from_pretrained(base, str(folder)).merge_and_unload().eval()
+    return models.load_model(dataclasses.replace(spec, path=str(folder)), dtype=kind, device=device)
+
+
+def _weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))

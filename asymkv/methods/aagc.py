@@ -1,0 +1,258 @@
+"""AAGC: attention-guided pruning, then online k-means of what is kept (no paper; the public code's idea, made to work).
+
+Symbols of the public code: B rows, K centroids, P tokens between compactions, Delta judging queries, eta.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from asymkv.budgets import PooledHeads, PooledLayers
+from asymkv.checks import check_choice, check_flag, check_integer, check_number
+from asymkv.methods import aagc_seed
+from asymkv.methods.base import Method
+from asymkv.methods.clustering import FOLDED, Clusters, farthest_seeds, folded_of, spread_seeds
+from asymkv.methods.merging import take, wide
+from asymkv.observations import attention_mass, newest
+from asymkv.plan import CompactionPlan, keep_rows
+from asymkv.view import RowView
+
+if TYPE_CHECKING:
+    from asymkv.config import CompressionConfig
+
+SCOPES = ("kv_head", "layer", "global")
+UPDATES = ("mean", "ema")
+ROPE_MODES = ("post", "derotate")
+# Without settings, centroids and recent rows take at most this share of the budget each: the public code's 256 of 1024.
+DEFAULT_SHARE = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class AAGC(Method):
+    """Prunes to the budget by the attention of the last queries, then folds the kept rows into centroids by k-means.
+
+    Every ``pruning_interval`` own tokens, and at the end of a prompt, if a head holds more rows than its budget: the
+    rows that the last ``lookback_window`` queries attend to least are dropped, and those that stay, but for sinks and
+    the newest rows, join the nearest of ``num_clusters`` centroids (squared distance of keys; values follow). A head
+    then holds sinks, centroids and recent rows, and fills up to the budget again. Centroids are never dropped. A
+    centroid is a row at the position of its newest member, and counts in attention as the tokens that it stands for.
+
+    Means are computed in fp32 (fp64 for fp64) and stored in the cache's dtype: attention reads them there beside exact
+    rows, and a second bank in fp32 would cost as much again as the centroids. In bf16 a centroid of n tokens therefore
+    stops following single tokens once one of them moves it by less than 1/512 of its size, at n of some hundreds.
+
+    Args:
+        num_clusters: K; None = a quarter of the budget, or what sinks and recent rows leave. At least the budget:
+            prune only.
+        pruning_interval: P; sets ``chunk_size`` and ``decode_interval`` where those are not given.
+        lookback_window: Delta: queries that judge, those of the chunk, or those generated since the last compaction.
+        recent_size: newest rows kept exact; None = Delta, at most a quarter of the budget; never below
+            ``window_size``.
+        kmeans_learning_rate: eta of ``kmeans_update="ema"``.
+        score_scope: rows are dropped by the attention of their KV head, of their "layer", or of all layers ("global",
+            the public code's); the latter two drop the same rows in every head.
+        kmeans_update: "mean" (exact running mean of all tokens ever folded) or "ema": a centroid moves by
+            ``1 - (1 - eta)^r`` of the way to the mean of its r new rows.
+        kmeans_iters: assignments per compaction; more than one lets old centroids move and join, weighted by tokens.
+        count_bias: a centroid counts as its tokens (log n in attention); False: as one.
+        rope_mode: "post" clusters keys as they are stored; "derotate" before RoPE, a centroid's key then being turned
+            to the mean position of its tokens.
+        seed_compat: the public code's rule: one score for all heads and layers, nothing protected, the whole cache
+            replaced by K centroids that a layer's heads share, moved by eta from random rows, counts unused.
+        seed: of those random rows.
+    """
+
+    title: ClassVar[str] = "AAGC, public code without a paper"
+
+    num_clusters: int | None = None
+    pruning_interval: int = 512
+    lookback_window: int = 256
+    recent_size: int | None = None
+    kmeans_learning_rate: float = 0.01
+    score_scope: str = "kv_head"
+    kmeans_update: str = "mean"
+    kmeans_iters: int = 1
+    count_bias: bool = True
+    rope_mode: str = "post"
+    seed_compat: bool = False
+    seed: int = 0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"queries"})
+
+    @property
+    def query_window(self) -> int:
+        return self.lookback_window
+
+    @property
+    def scope(self) -> str:
+        """The scope in force."""
+        return "global" if self.seed_compat else self.score_scope
+
+    def defaults(self) -> dict[str, Any]:
+        """Chunks and decode compact every P tokens; a common score needs a common choice."""
+        out: dict[str, Any] = {"chunk_size": self.pruning_interval, "decode_interval": self.pruning_interval}
+        if self.seed_compat:
+            out |= {"sink_size": 0, "window_size": 0}
+        name = {"layer": "head_budgets", "global": "layer_budgets"}.get(self.scope)
+        return out if name is None else {**out, name: "pooled"}
+
+    def validate(self, config: CompressionConfig) -> None:
+        """Checks the choices.
+
+        Raises:
+            ValueError: for an unknown choice or a number out of range; K, sinks and recent rows that exceed the
+                budget; a scope beside another split of the budget; or settings that the public code cannot have.
+        """
+        super().validate(config)
+        check_choice("score_scope", self.score_scope, SCOPES)
+        check_choice("kmeans_update", self.kmeans_update, UPDATES)
+        check_choice("rope_mode", self.rope_mode, ROPE_MODES)
+        for name in ("pruning_interval", "lookback_window", "kmeans_iters"):
+            check_integer(name, getattr(self, name), 1)
+        for name, least in (("num_clusters", 1), ("recent_size", 0)):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least)
+        check_integer("seed", self.seed, 0)
+        check_number("kmeans_learning_rate", self.kmeans_learning_rate, 0, 1)
+        check_flag("count_bias", self.count_bias)
+        check_flag("seed_compat", self.seed_compat)
+        self._check_together(config)
+        if isinstance(config.budget, int):
+            self._check_room(torch.tensor([[config.budget]]))
+
+    def _check_together(self, config: CompressionConfig) -> None:
+        if self.lookback_window > self.pruning_interval:
+            raise ValueError(f"lookback_window must be at most pruning_interval={self.pruning_interval}, the queries "
+                             f"between two compactions; found {self.lookback_window}")
+        if self.kmeans_iters > 1 and self.kmeans_update == "ema":
+            raise ValueError(f"kmeans_update='ema' moves each centroid once; kmeans_iters must be 1, found "
+                             f"{self.kmeans_iters}")
+        if self.rope_mode == "derotate" and config.positions != "original":
+            raise ValueError(f"rope_mode='derotate' needs the tokens' own positions; position_policy must be "
+                             f"'original', found {config.positions!r}")
+        splits = {"layer": ("head_budgets", config.head_split, PooledHeads),
+                  "global": ("layer_budgets", config.layer_split, PooledLayers)}  # fmt: skip
+        if self.scope in splits:
+            name, found, wanted = splits[self.scope]
+            if not isinstance(found, wanted):
+                raise ValueError(f"score_scope={self.scope!r} chooses for all heads at once; {name} must be 'pooled', "
+                                 f"found {getattr(config, name)!r}")
+        if self.seed_compat:
+            aagc_seed.check(self, config)
+
+    def row_bytes(self, head_dim: int, dtype: torch.dtype, config: CompressionConfig) -> int:
+        """The column of a row's folded tokens: two fp32 numbers."""
+        return 8
+
+    # -- sizes -------------------------------------------------------------------------------------------------------
+    def sizes(self, budget: Tensor) -> tuple[Tensor, Tensor]:
+        """Recent rows and centroids of heads with so many rows, ``[B, H_kv]`` int64 each."""
+        share = budget // DEFAULT_SHARE
+        given = share.clamp(max=self.lookback_window) if self.recent_size is None else self.recent_size
+        recent = torch.zeros_like(budget) + (0 if self.seed_compat else given)
+        recent = recent.clamp(min=self.window_size)
+        room = (budget - self.sink_size - recent).clamp(min=0)
+        clusters = share.clamp(min=1).minimum(room) if self.num_clusters is None else torch.full_like(
+            budget, self.num_clusters)  # fmt: skip
+        return recent, clusters
+
+    def _check_room(self, budget: Tensor) -> None:
+        recent, clusters = self.sizes(budget)
+        full = (clusters < budget) & (self.sink_size + recent + clusters > budget)
+        if bool(full.any()):
+            b, r, k = (int(x[full][0]) for x in (budget, recent, clusters))
+            raise ValueError(f"num_clusters + sink_size + recent rows = {k} + {self.sink_size} + {r} exceed the budget "
+                             f"of {b} rows; allowed: at most {b - self.sink_size - r} clusters, or at least {b} (prune "
+                             "only), or a smaller recent_size or window_size")
+
+    # -- decision ----------------------------------------------------------------------------------------------------
+    def score(self, view: RowView) -> Tensor:
+        """Attention of the last queries that each row received, summed over them and the heads of the group."""
+        return attention_mass(newest(view, self.lookback_window))
+
+    @torch.no_grad()
+    def judge(self, view: RowView) -> tuple[Tensor, Tensor]:
+        """The score, and the exact rows that are neither sinks nor recent; leaves the score in ``view.evidence``."""
+        view.evidence["importance"] = self.score(view)
+        return view.evidence["importance"], self._free(view)
+
+    def _free(self, view: RowView) -> Tensor:
+        if self.seed_compat:
+            return view.valid
+        recent, _ = self.sizes(view.budget)
+        newest_kept = (view.tokens[:, None] - recent)[..., None]
+        exact = (view.positions >= self.sink_size) & (view.positions < newest_kept) & view.valid
+        return exact & ~(folded_of(view)[..., 0] > 0)
+
+    def carry_out(self, view: RowView, chosen: Tensor) -> CompactionPlan:
+        """Drops the chosen rows and folds the other free ones into the centroids."""
+        _, clusters = self.sizes(view.budget)
+        losing = chosen.any(-1)
+        self._check_room(torch.where(losing, view.budget, torch.iinfo(torch.int64).max // 2))
+        acting = (losing & (clusters < view.budget))[..., None]
+        if self.seed_compat:
+            return aagc_seed.carry_out(self, view, chosen, acting, clusters)
+        bank = (folded_of(view)[..., 0] > 0) & acting
+        taken = self._free(view) & ~chosen & acting
+        if not bool(taken.any()):
+            return keep_rows(~chosen & view.valid)
+        return keep_rows(~chosen & view.valid & ~self._fold(view, taken, bank, clusters))
+
+    def _fold(self, view: RowView, taken: Tensor, bank: Tensor, clusters: Tensor) -> Tensor:
+        """Folds the ``taken`` rows into the ``bank``, both ``[B, H_kv, T]`` bool; the rows that are gone by that."""
+        folded = folded_of(view).double()
+        own = torch.stack([view.cardinality, view.positions], dim=-1).double()
+        folded = torch.where(bank[..., None], folded, own)  # an exact row stands for itself
+        turn = folded[..., 1].round().long() if self.rope_mode == "derotate" else None
+        keys = wide(view.keys) if turn is None else view.rope.rotate(view.keys, -turn)
+        seeds = self._seeds(view, keys.detach(), taken, bank, clusters)
+        points = Clusters.of(keys.detach(), taken | bank, seeds | bank, folded[..., 0], self.kmeans_iters)
+        tokens = folded[..., 0].gather(2, points.index)
+        weight = self._weights(points, bank, tokens).to(keys.dtype)
+        slot = points.slots()
+        merged = slot & (points.spread(points.total(torch.ones_like(points.index))) > 1)  # others keep their bits
+        total = points.total(tokens)
+        place = folded[..., 1].gather(2, points.index)
+        mean = points.means(place[..., None], tokens)
+        key = points.spread(points.means(take(keys, points.index), weight))
+        if turn is not None:
+            key = view.rope.rotate(key, points.spread(mean)[..., 0].round().long())
+        value = points.spread(points.means(take(wide(view.values), points.index), weight))
+        view.keys = points.put(view.keys, key, merged)
+        view.values = points.put(view.values, value, merged)
+        column = points.spread(torch.cat([total[..., None], mean], dim=-1))
+        view.statistics[FOLDED] = points.put(folded_of(view), column, slot)
+        if self.count_bias:
+            view.cardinality = points.put(view.cardinality, points.spread(total), slot)
+        stays = points.put(torch.zeros_like(taken), slot, slot)
+        return (taken | bank) & ~stays
+
+    def _seeds(self, view: RowView, keys: Tensor, taken: Tensor, bank: Tensor, clusters: Tensor) -> Tensor:
+        """``[B, H_kv, T]`` bool: taken rows that become new centroids, as many as the bank is short of.
+
+        Evenly spaced by importance for an empty bank, else the farthest from the bank; no row twice.
+        """
+        short = (clusters - bank.sum(-1)).clamp(min=0).minimum(taken.sum(-1))
+        first = spread_seeds(view.evidence["importance"], taken, short)
+        known = bank.any(-1)
+        if not bool((known & (short > 0)).any()):
+            return first & ~known[..., None]
+        return torch.where(known[..., None], farthest_seeds(keys, taken, bank, short), first)
+
+    def _weights(self, points: Clusters, bank: Tensor, tokens: Tensor) -> Tensor:
+        """``[B, H_kv, E]`` fp64: weight of each point in the mean of its centroid."""
+        if self.kmeans_update == "mean":
+            return tokens
+        old = bank.gather(2, points.index) & points.present
+        new = (points.present & ~old).double()
+        count = points.total(new)
+        share = 1 - (1 - self.kmeans_learning_rate) ** count
+        led = points.spread(points.total(old.double())) > 0
+        share, count = points.spread(share), points.spread(count).clamp(min=1)
+        return torch.where(led, torch.where(old, 1 - share, share / count), 1.0)

@@ -1,0 +1,196 @@
+"""ZACK's bases and ranks: what is measured, what it is made of, and what is refused (arXiv 2408.04107)."""
+
+
+import pytest
+import torch
+from tiny_models import assert_close, prompt, tiny_model
+from zack_bases import BASES, zack
+
+import asymkv
+from asymkv.analysis import zack_basis
+from asymkv.analysis.zack_basis import calibrate, gram, joint_gram
+from asymkv.dimensions.basis import MANIFEST, TENSORS, UNFINISHED, Basis, load, spectrum
+from asymkv.dimensions.projection import narrowed
+from asymkv.dimensions.ranks import choose_ranks
+
+LAYERS, HEADS, SIZE = 2, 2, 16
+
+
+def filled(tokens=100, method="zack", *, batch=1, dimensions=None, model=None, **settings):
+    """Model and cache after a prompt."""
+    model = model or tiny_model()
+    with asymkv.replace("llama", model=model, method=method, dimensions=dimensions or zack(), **settings):
+        return model, model(prompt(tokens, batch=batch)).past_key_values
+
+
+# -- bases -------------------------------------------------------------------------------------------------------------
+def test_worked_example():
+    queries = torch.tensor([[[1, 1], [2, 2], [1, 1.2]]])
+    keys = torch.tensor([[[1, 1], [3, 3], [0.5, 0.6]]])
+    energy, vectors = spectrum(joint_gram(queries, keys))
+    assert energy[0].sqrt().tolist() == pytest.approx([5.7469, 0.1507], abs=1e-4)
+    assert vectors[0, :, 0].abs().tolist() == pytest.approx([0.70119, 0.71297], abs=1e-5)
+    assert (energy[0, 0] / energy[0].sum()).item() == pytest.approx(0.99931, abs=1e-5)
+    short = [narrowed(x[None], vectors[:, :, :1]) for x in (queries.double(), keys.double())]
+    error = short[0] @ short[1].mT - (queries @ keys.mT)[None]
+    assert error.abs().max().item() == pytest.approx(0.00825, abs=1e-5)
+
+
+def test_keys_count_once_for_every_query_head():
+    queries, keys = torch.randn(6, 30, 8), torch.randn(2, 30, 8)
+    rows = [torch.cat([*queries[3 * g : 3 * g + 3], keys[g], keys[g], keys[g]]).double() for g in range(2)]
+    assert_close("gram", torch.stack([x.T @ x for x in rows]), joint_gram(queries, keys), 1e-12)
+
+
+def test_grams_do_not_leave_the_range_of_half_types():
+    rows = torch.full((1, 64, 4), 200.0, dtype=torch.float16)
+    assert gram(rows)[0, 0, 0] == 64 * 200.0**2
+
+
+def test_basis_is_orthonormal_and_orders_energy():
+    basis = load(BASES, tiny_model())
+    for vectors, energy in ((basis.keys, basis.key_energy), (basis.values, basis.value_energy)):
+        assert vectors.shape == (LAYERS, HEADS, SIZE, SIZE)
+        assert_close("identity", torch.eye(SIZE).expand_as(vectors), vectors.mT @ vectors, 1e-5)
+        assert (energy.diff(dim=-1) <= 0).all() and (energy >= 0).all()
+
+
+def test_values_share_their_basis_with_the_output_projection():
+    """The basis diagonalises V^T V + W_O^T W_O of the group; W_O alone where no value is."""
+    model, ids = tiny_model(), prompt(64, seed=9)[0]
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.zero_()
+            layer.self_attn.v_proj.bias.zero_()
+    basis = calibrate(model, [ids])
+    weight = model.model.layers[1].self_attn.o_proj.weight.double()
+    for head in range(HEADS):
+        columns = weight[:, head * 2 * SIZE : (head + 1) * 2 * SIZE].unflatten(1, (2, SIZE)).flatten(0, 1)
+        assert_close("energy", torch.linalg.svdvals(columns).square(), basis.value_energy[1, head], 1e-9)
+
+
+# -- ranks -------------------------------------------------------------------------------------------------------------
+ENERGY = torch.tensor([[[8.0, 4, 2, 1, 0.5, 0.25, 0.125, 0.0625], [1.0] * 8], [[9.0, 1, 0, 0, 0, 0, 0, 0], [1.0] * 8]])
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("policy", ["layer", "energy"])
+def test_ranks_sum_to_the_budget(policy, ratio):
+    ranks = choose_ranks(ENERGY, ratio, policy, multiple=2, least=2)
+    units = 2 if policy == "layer" else 4
+    blocks = int(ratio * units * 4 + 1e-9)
+    assert ranks.sum() == blocks * 2 * (4 // units)
+    assert (ranks >= 2).all() and (ranks <= 8).all() and (ranks % 2 == 0).all()
+    assert policy == "energy" or (ranks[:, 0] == ranks[:, 1]).all()
+
+
+def test_ranks_go_where_the_energy_is():
+    """Flat heads take what peaked ones do not need; no other choice of as many blocks keeps more energy."""
+    assert choose_ranks(ENERGY, 0.5, "energy", multiple=2, least=2).tolist() == [[2, 6], [2, 6]]
+    share = (ENERGY / ENERGY.sum(-1, keepdim=True)).flatten(0, 1)
+
+    def kept(ranks):
+        return sum(share[u, :r].sum().item() for u, r in enumerate(ranks))
+
+    best = max(kept((a, b, c, 16 - a - b - c)) for a in (2, 4, 6, 8) for b in (2, 4, 6, 8) for c in (2, 4, 6, 8)
+               if 16 - a - b - c in (2, 4, 6, 8))  # fmt: skip
+    assert kept(choose_ranks(ENERGY, 0.5, "energy", multiple=2, least=2).flatten().tolist()) == pytest.approx(best)
+
+
+def test_more_budget_never_takes_dimensions_away():
+    for policy in ("layer", "energy", "uniform"):
+        steps = [choose_ranks(ENERGY, r / 8, policy, multiple=2, least=2) for r in range(2, 9)]
+        assert all((b >= a).all() for a, b in zip(steps, steps[1:], strict=False))
+        assert (steps[-1] == 8).all()
+
+
+def test_uniform_ranks_round_up():
+    assert (choose_ranks(ENERGY, 0.3, "uniform", multiple=2, least=2) == 4).all()
+    assert (choose_ranks(ENERGY, 0.1, "uniform", multiple=2, least=2) == 2).all()
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"ratio": 0.1}, r"ratio=0.1 leaves 1 blocks.*4 heads or layers, which keep 1 of 4"),
+    ({"multiple": 6}, r"multiple=6 does not divide the head size 8; allowed: \[2, 4, 8\]"),
+    ({"least": 10}, "least=10 is above the head size 8"),
+])  # fmt: skip
+def test_ranks_that_cannot_be(given, message):
+    with pytest.raises(ValueError, match=message):
+        choose_ranks(ENERGY, **{"ratio": 0.5, "policy": "energy", "multiple": 2, "least": 2, **given})
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+def test_a_basis_belongs_to_its_model(tmp_path):
+    calibrate(tiny_model(), [prompt(64)[0]]).save(tmp_path)
+    with pytest.raises(ValueError, match="holds a basis of .*weights_sha256"):
+        filled(model=tiny_model(seed=5), dimensions={"kind": "zack", "basis": str(tmp_path)})
+
+
+def test_a_missing_basis_says_how_to_make_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("ASYMKV_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="is missing; python scripts/calibrate_zack.py --model"):
+        filled(dimensions="zack")
+    calibrate(tiny_model(), [prompt(64)[0]]).save()
+    _, cache = filled(dimensions={"kind": "zack"})
+    assert cache.projections[0].widths(SIZE) == (8, 8)
+
+
+@pytest.mark.parametrize("name", [TENSORS, MANIFEST])
+def test_damage_is_noticed(tmp_path, name):
+    calibrate(tiny_model(), [prompt(64)[0]]).save(tmp_path)
+    data = bytearray((tmp_path / name).read_bytes())
+    data[len(data) * 3 // 4] ^= 1
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged"):
+        load(tmp_path, tiny_model())
+
+
+def test_an_interrupted_calibration_goes_on(tmp_path):
+    model, samples = tiny_model(), [prompt(40, seed=s)[0] for s in range(4)]
+
+    def interrupt(done):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, samples, folder=tmp_path, progress=interrupt)
+    with pytest.raises(ValueError, match="is not finished; .*goes on where it was interrupted"):
+        load(tmp_path, model)
+    with pytest.raises(ValueError, match="of other samples .*2 of them done"):
+        calibrate(model, samples[:3], folder=tmp_path)
+    seen = []
+    resumed = calibrate(model, samples, folder=tmp_path, progress=seen.append)
+    whole = calibrate(model, samples)
+    assert seen == [3, 4]
+    for name in ("keys", "key_energy", "values", "value_energy"):
+        assert torch.equal(getattr(resumed, name), getattr(whole, name)), name
+
+
+def test_sums_of_an_interrupted_calibration_are_checked(tmp_path):
+    model, samples = tiny_model(), [prompt(40, seed=s)[0] for s in range(2)]
+    sums = zack_basis.Sums.resume(model, samples, None)
+    sums.add(model, samples[0])
+    sums.save(tmp_path)
+    (tmp_path / zack_basis.SUMS).write_bytes(b"0" * 100)
+    with pytest.raises(ValueError, match="is damaged; remove .*" + UNFINISHED):
+        calibrate(model, samples, folder=tmp_path)
+
+
+def test_states_that_are_not_finite_are_not_summed():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="of sample 0 are not finite"):
+        calibrate(model, [prompt(64)[0]])
+    with pytest.raises(ValueError, match="needs at least as many tokens; found 10 in 1 samples"):
+        calibrate(tiny_model(), [prompt(10)[0]])
+
+
+def test_a_basis_keeps_what_it_was_measured_on(tmp_path):
+    made = calibrate(tiny_model(), [prompt(64)[0]])
+    made.save(tmp_path)
+    found = load(tmp_path, tiny_model())
+    assert isinstance(found, Basis) and found.measured["tokens"] == 64
+    assert torch.equal(found.keys, made.keys) and found.sha256
+
+
