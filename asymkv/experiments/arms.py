@@ -103,7 +103,7 @@ def load_suite(path_or_name: str | Path) -> dict[str, Any]:
         ValueError: for unknown keys, or a step without a name.
     """
     path = Path(path_or_name)
-    path = path if path.is_file() else config_path(f"experiments/{path_or_name}.yaml")
+    path = path if path.is_file() else config_path(f"comparisons/{path_or_name}.yaml")
     suite = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(suite, dict) or set(suite) - SUITE_KEYS or "method" not in suite:
         found = sorted(suite) if isinstance(suite, dict) else type(suite).__name__

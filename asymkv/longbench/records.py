@@ -193,6 +193,6 @@ def conflicts(old: Record, new: Record) -> Iterator[str]:
     yield from (f"arms.{name}" for name in arms.keys() & others.keys() if _said(arms[name]) != _said(others[name]))
 
 
-def _said(arm: Record) -> Record:
+def _said(arm: Any) -> Any:
     """An arm's settings without those left open: a later version may know more of them."""
-    return {name: value for name, value in arm.items() if value is not None}
+    return {name: value for name, value in arm.items() if value is not None} if isinstance(arm, dict) else arm
