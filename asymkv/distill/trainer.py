@@ -23,6 +23,7 @@ from asymkv.distill import checkpoints
 from asymkv.distill.losses import IGNORED, cross_entropy_sum, next_tokens
 from asymkv.distill.student import Student
 from asymkv.distill.text import BlockOrder, digest
+from asymkv.serialize import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ class Trainer:
         self.updates_per_epoch = epoch
         self.total = s.max_steps if s.max_steps is not None else s.num_train_epochs * epoch
         self.student = student
+        self.origin = fingerprint(student.lm)["weights_sha256"]  # before training changes them
         student.move_teacher(self.accelerator.device)
         optimizer = torch.optim.AdamW(list(student.trainable().values()), lr=s.learning_rate,
                                       weight_decay=s.weight_decay)  # fmt: skip
@@ -209,6 +211,7 @@ class Trainer:
         """What a checkpoint belongs to; everything that changes a bit of what follows."""
         return {
             "model_type": self.student.lm.config.model_type,
+            "first_weights": self.origin,
             "trainable": {name: list(p.shape) for name, p in self.student.trainable().items()},
             "compression": self.student.config.to_dict(),
             "distillation": asdict(self.student.settings),

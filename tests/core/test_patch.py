@@ -118,8 +118,8 @@ def test_restore_without_handle_undoes_everything():
 
 
 def test_unknown_family_and_foreign_model_list_the_choices():
-    with pytest.raises(ValueError, match=r"gpt2.*'llama', 'mistral', 'qwen2'"):
-        asymkv.replace("gpt2")
+    with pytest.raises(ValueError, match=r"opt.*'gpt2', 'llama', 'mistral', 'qwen2'"):
+        asymkv.replace("opt")
     model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=10))
     with pytest.raises(ValueError, match="found 'gpt2', expected 'llama'"):
         asymkv.replace_llama_asymkv(model=model)

@@ -113,6 +113,7 @@ def test_checkpoints_bind_the_run(tmp_path):
         ({"blocks": text_blocks(7)}, "of another run.*'text'"),
         ({"learning_rate": 1e-3}, "of another run.*'training'"),
         ({"model": tiny_model(hidden_size=32)}, "of another run.*'trainable'"),
+        ({"model": tiny_model(seed=1)}, "of another run.*'first_weights'"),
         ({"weight": 0.9}, "of another run.*'distillation'"),
     ):
         with pytest.raises(ValueError, match=message):
