@@ -151,7 +151,10 @@ def _arm_report(arm: ArmRun, arms: Sequence[ArmRun], seed: int, by_length: bool)
 def _costs(records: Sequence[Row]) -> dict[str, float]:
     """Time and memory a row; NaN where records do not tell."""
     seconds = {f"{name}_per_row": _mean(r[name] for r in records if name in r) for name in (*SECONDS, "wall_seconds")}
-    peaks = (("peak_rss_mb", "peak_rss_bytes"), ("device_peak_mb", "device_peak_bytes"))
+    peaks = (
+        ("peak_rss_mb", "peak_rss_bytes"), ("peak_rss_increase_mb", "peak_rss_increase_bytes"),
+        ("device_peak_mb", "device_peak_bytes"),
+    )  # fmt: skip
     return seconds | {
         label: max((r[name] for r in records if name in r), default=NAN) / MEGABYTE for label, name in peaks
     }
@@ -269,7 +272,7 @@ def cost_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     columns = {
         "prefill s": "prefill_seconds_per_row", "question s": "question_seconds_per_row",
         "decode s": "decode_seconds_per_row", "row s": "wall_seconds_per_row", "peak KV MB": "peak_mb",
-        "peak RSS MB": "peak_rss_mb", "peak device MB": "device_peak_mb",
+        "peak RSS MB": "peak_rss_mb", "of it in the row": "peak_rss_increase_mb", "peak device MB": "device_peak_mb",
     }  # fmt: skip
     arms = {name: arm for name, arm in report.items() if "peak_mb" in arm}
     return ["method", *columns], [[n, *(_number(a.get(key, NAN)) for key in columns.values())] for n, a in arms.items()]
