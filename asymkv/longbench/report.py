@@ -152,7 +152,10 @@ def _arm_report(arm: ArmRun, arms: Sequence[ArmRun], seed: int, by_length: bool)
 def _costs(records: Sequence[Row]) -> dict[str, float]:
     """Time and memory a row; NaN where records do not tell."""
     seconds = {f"{name}_per_row": mean(r[name] for r in records if name in r) for name in (*SECONDS, "wall_seconds")}
-    peaks = (("peak_rss_mb", "peak_rss_bytes"), ("device_peak_mb", "device_peak_bytes"))
+    peaks = (
+        ("peak_rss_mb", "peak_rss_bytes"), ("peak_rss_increase_mb", "peak_rss_increase_bytes"),
+        ("device_peak_mb", "device_peak_bytes"),
+    )  # fmt: skip
     return seconds | {
         label: max((r[name] for r in records if name in r), default=NAN) / MEGABYTE for label, name in peaks
     }

@@ -67,7 +67,7 @@ def cost_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     columns = {
         "prefill s": "prefill_seconds_per_row", "question s": "question_seconds_per_row",
         "decode s": "decode_seconds_per_row", "row s": "wall_seconds_per_row", "peak KV MB": "peak_mb",
-        "peak RSS MB": "peak_rss_mb", "peak device MB": "device_peak_mb",
+        "peak RSS MB": "peak_rss_mb", "of it in the row": "peak_rss_increase_mb", "peak device MB": "device_peak_mb",
     }  # fmt: skip
     arms = {name: arm for name, arm in report.items() if "peak_mb" in arm}
     return ["method", *columns], [[n, *(_number(a.get(key, NAN)) for key in columns.values())] for n, a in arms.items()]

@@ -157,6 +157,6 @@ def test_costs_of_a_row_are_reported_where_records_tell_them(folder: Path) -> No
     named = {row[0]: dict(zip(header, row, strict=True)) for row in cells}
     assert named["asymkv"] == {
         "method": "asymkv", "prefill s": "2.00", "question s": "2.00", "decode s": "3.00", "row s": "9.00",
-        "peak KV MB": "0.00", "peak RSS MB": "3.00", "peak device MB": "-",
+        "peak KV MB": "0.00", "peak RSS MB": "3.00", "of it in the row": "-", "peak device MB": "-",
     }  # fmt: skip
     assert named["full"]["peak RSS MB"] == "-"

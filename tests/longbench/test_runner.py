@@ -1,4 +1,4 @@
-"""The runner: ranks share the rows, a kill loses nothing, other settings and silent non-compression are refused."""
+"""The runner: what a run records, and that other settings, bad numbers and silent non-compression are refused."""
 
 from __future__ import annotations
 
