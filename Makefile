@@ -80,6 +80,9 @@ reproduce-main: install $(HEADS)  ## every method and kvpress's presses, same ro
 reproduce-speed: install  ## prefill, memory and decode of AsymKV beside the plain cache
 	$(BIN)/python scripts/bench_prefill_decode.py --model $(MODEL) --out results/speed $(ARGS)
 
+reproduce-asymmetry: install  ## are neighbouring keys alike, and neighbouring values not
+	$(BIN)/python scripts/plot_asymmetry.py --model $(MODEL) --text-file README.md --out results/asymmetry $(ARGS)
+
 reproduce-%: install  ## any experiment of configs/experiments: budgets, ablation, foundation
 	$(BIN)/python scripts/fidelity.py --experiment $* $(ON) $(ROWS) --protocol $(PROTOCOL) \
 	  --out results/$*-$(PROTOCOL) $(ARGS)
