@@ -41,8 +41,8 @@ def test_every_script_and_shipped_file_that_the_readme_names_exists():
 
 def test_every_reproduce_target_that_the_readme_names_runs_a_script_that_is_there():
     for name in sorted(set(re.findall(r"make (reproduce-\w+)", README))):
-        done = subprocess.run(["make", "-n", name, "VENV=/nowhere"], cwd=ROOT, capture_output=True, text=True, check=True)
-        command = re.findall(r"/nowhere/bin/python (scripts/\w+\.py)(?: --experiment (.*?) --model)?", done.stdout)[-1]
+        steps = subprocess.run(["make", "-n", name, "VENV=/v"], cwd=ROOT, capture_output=True, text=True, check=True)
+        command = re.findall(r"/v/bin/python (scripts/\w+\.py)(?: --experiment (.*?) --model)?", steps.stdout)[-1]
         assert (ROOT / command[0]).is_file()
         for experiment in command[1].split():
             assert (ROOT / "configs" / "experiments" / f"{experiment}.yaml").is_file(), name
