@@ -172,8 +172,10 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """Loads the tokenizer and checks that it has the chat template ``spec`` asks for."""
     from transformers import AutoTokenizer
 
+    # AutoTokenizer splits digits otherwise where the weights' class is Qwen2's; the same weights read the same tokens.
+    source = known_models()[SMOLLM2] if spec.path in SMOLLM2_FAMILIES else spec
     with _says_what_to_do(spec):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint_path(spec))
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint_path(source))
     if spec.chat_template and not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"the tokenizer of {spec.path!r} has no chat template; pass chat_template=False")
     return tokenizer

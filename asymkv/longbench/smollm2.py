@@ -76,10 +76,9 @@ def smollm2_folder(family: str = FAMILY) -> Path:
 
 
 def _convert_family(source: Path, folder: Path, family: str) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     in_family(AutoModelForCausalLM.from_pretrained(source), family).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
 def in_family(model: PreTrainedModel, family: str) -> PreTrainedModel:

@@ -75,5 +75,7 @@ def test_smollm2_in_the_other_classes(name) -> None:
     spec = models.resolve_spec(name)
     model, llama = models.load_model(spec), models.load_model(models.resolve_spec("smollm2"))
     assert type(model).__name__.lower().startswith(name.removeprefix("smollm2-")) and spec.name == name
-    ids = models.load_tokenizer(spec)("The capital of France is", return_tensors="pt").input_ids
+    text = "On 14 July 1987, 365 of 1024 people said:\n\n  The capital of France is"
+    ids = models.load_tokenizer(spec)(text, return_tensors="pt").input_ids
+    assert torch.equal(ids, models.load_tokenizer(models.resolve_spec("smollm2"))(text, return_tensors="pt").input_ids)
     assert torch.equal(model(ids).logits, llama(ids).logits)
