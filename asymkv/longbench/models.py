@@ -168,14 +168,17 @@ def _says_what_to_do(spec: ModelSpec) -> Iterator[None]:
         ) from error
 
 
+def _tokenizer_path(spec: ModelSpec) -> str:
+    """Where the tokenizer is: AutoTokenizer would split digits otherwise for SmolLM2's weights in Qwen2's class."""
+    return checkpoint_path(known_models()[SMOLLM2] if spec.path in SMOLLM2_FAMILIES else spec)
+
+
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """Loads the tokenizer and checks that it has the chat template ``spec`` asks for."""
     from transformers import AutoTokenizer
 
-    # AutoTokenizer splits digits otherwise where the weights' class is Qwen2's; the same weights read the same tokens.
-    source = known_models()[SMOLLM2] if spec.path in SMOLLM2_FAMILIES else spec
     with _says_what_to_do(spec):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint_path(source))
+        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_path(spec))
     if spec.chat_template and not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"the tokenizer of {spec.path!r} has no chat template; pass chat_template=False")
     return tokenizer
@@ -207,6 +210,8 @@ def load_model(
     extra |= placement.arguments() if placement is not None else {}
     with _says_what_to_do(spec):
         model = AutoModelForCausalLM.from_pretrained(checkpoint_path(spec), dtype=dtype, **extra)
+    if spec.path in SMOLLM2_FAMILIES:
+        model.config.name_or_path = _tokenizer_path(spec)  # where methods look for the model's own tokenizer
     if placement is not None and isinstance(placement.device_map, dict):
         unknown = sorted(set(placement.device_map) - {name for name, _ in model.named_modules()})
         if unknown:

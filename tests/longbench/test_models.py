@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import prompt, tiny_model
 
+from asymkv import chat
 from asymkv.longbench import files, models, smollm2
 
 
@@ -78,4 +79,5 @@ def test_smollm2_in_the_other_classes(name) -> None:
     text = "On 14 July 1987, 365 of 1024 people said:\n\n  The capital of France is"
     ids = models.load_tokenizer(spec)(text, return_tensors="pt").input_ids
     assert torch.equal(ids, models.load_tokenizer(models.resolve_spec("smollm2"))(text, return_tensors="pt").input_ids)
+    assert torch.equal(ids, chat.load_tokenizer(None, model)(text, return_tensors="pt").input_ids)
     assert torch.equal(model(ids).logits, llama(ids).logits)
