@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from asymkv.cache import CompressedCache
 from asymkv.chat import chat_text, encode
 from asymkv.config import CompressionConfig
+from asymkv.dimensions import setting_of
 from asymkv.methods.kvzip import TEMPLATE, KVzip
 from asymkv.patch import handle_of, make_config, replace
 
@@ -108,7 +109,7 @@ def ask(
     asked = _question(tokenizer, cache, question)
     if not asked:
         raise ValueError(f"the question holds no token: {question!r}")
-    used = cache if update_cache else _as_is(cache)
+    used = cache if update_cache else frozen_fork(cache)
     past = cache.get_seq_length()
     ids = torch.tensor([[0] * past + asked], device=model.device)
     with patched(model, used.config), torch.no_grad():
@@ -117,6 +118,21 @@ def ask(
         if update_cache:
             _finish(model, used, out, tokenizer.eos_token_id)
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def frozen_fork(cache: Any) -> Any:
+    """An independent copy to which everything new is appended, and on which nothing is compacted any more.
+
+    Several tokens at once are a prompt to a compressed cache, which it judges its rows by and compacts after. On the
+    copy the full cache's settings go on with the rows as they are.
+    """
+    if not isinstance(cache, CompressedCache):
+        return copy.deepcopy(cache)
+    fork, config = cache.fork(), cache.config
+    fork.config = CompressionConfig(
+        "full", position_policy=config.positions, backend=config.backend, dimensions=setting_of(config.row_dimensions)
+    )
+    return fork
 
 
 @contextlib.contextmanager
@@ -162,17 +178,6 @@ def _question(tokenizer: Any, cache: CompressedCache, question: str) -> list[int
     text = chat_text(tokenizer)
     before = "\n\n" if cache.dialogue == OPEN else text.between
     return encode(tokenizer, before + question + text.suffix)
-
-
-def _as_is(cache: CompressedCache) -> CompressedCache:
-    """A copy to which everything new is appended and nothing is compacted."""
-    out = cache.fork()
-    kept: dict[str, Any] = {"position_policy": cache.config.positions, "backend": cache.config.backend}
-    rows = cache.config.row_dimensions
-    if rows is not None:
-        kept["dimensions"] = {"kind": "zack", **dataclasses.asdict(rows)}
-    out.config = CompressionConfig("full", **kept)
-    return out
 
 
 def _finish(model: PreTrainedModel, cache: CompressedCache, out: Tensor, end: int | None) -> None:

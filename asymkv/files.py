@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> str:
@@ -36,6 +39,16 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> str:
 def write_atomic(path: Path, text: str) -> None:
     """Writes ``text`` so that a reader sees the old file or the new one, never a part."""
     replace_file(path, lambda target: target.write_text(text, encoding="utf-8"))
+
+
+def csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows under a header of all their columns, in order of appearance; a column that a row lacks stays empty."""
+    rows = list(rows)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
 
 
 def sha256(data: bytes) -> str:

@@ -9,7 +9,6 @@ column stays empty. Methods with head scores need scripts/find_retrieval_heads.p
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import json
 import sys
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 import asymkv
-from asymkv.files import write_atomic
+from asymkv.files import csv_text, write_atomic
 from asymkv.longbench.arms import full_cache_bytes
 from asymkv.longbench.conditions import commit, device_name
 from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
@@ -97,10 +96,7 @@ def main(argv: list[str] | None = None) -> int:
                 row |= {f"{name} bytes": size, f"{name} share": f"{size / full:.3f}"}
             rows.append(row)
     args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "memory.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_atomic(args.out / "memory.csv", csv_text(rows))
     names = ("torch", "transformers", *(["kvpress"] if peers else []))
     conditions = {"model": args.model, "tokens": ids.shape[1], "dtype": args.dtype, "commit": commit(),
                   "device": device_name(torch.device(args.device)), **{n: version(n) for n in names}}  # fmt: skip

@@ -10,19 +10,16 @@ No model runs. ``scoring.csv`` holds wall and processor time (a shared machine's
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import platform
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from asymkv.files import write_atomic
+from asymkv.files import csv_text, write_atomic
 from asymkv.longbench import scoring_speed
 from asymkv.longbench.conditions import commit, cpu_name
 
-COLUMNS = ("what", "predictions", "seconds", "cpu_seconds", "cpu_microseconds_each", "mean_score", "largest_difference")
 PACKAGES = ("numpy", "rouge", "rouge_score", "jieba")
 
 
@@ -54,11 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{row['what']:>36} {row['predictions']:>6} {seconds:8.2f} s {each:9.1f} us each", flush=True)
             rows.append({**row, "seconds": f"{row['seconds']:.3f}", "cpu_seconds": f"{row['cpu_seconds']:.3f}",
                          "cpu_microseconds_each": f"{each:.1f}", "mean_score": f"{row['mean_score']:.4f}"})  # fmt: skip
-    out = io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(args.out / "scoring.csv", out.getvalue())
+    write_atomic(args.out / "scoring.csv", csv_text(rows))
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
     conditions = {"device": cpu_name(), "processes": 1, "commit": now, "seed": args.seed, "versions": versions}
     write_atomic(args.out / "conditions.json", json.dumps(conditions, indent=2) + "\n")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import logging
 import sys
 from pathlib import Path
@@ -28,7 +29,10 @@ from asymkv.distill.student import POSITIONS, DistillSettings, Student
 from asymkv.distill.text import read_dataset, read_files, to_blocks
 from asymkv.distill.trainer import Trainer, TrainSettings
 from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
-from asymkv.methods import METHODS
+from asymkv.methods import METHODS, get_method
+
+# flags of the public code that are settings of a method
+SEED_OPTIONS = ("num_clusters", "pruning_interval", "lookback_window", "kmeans_learning_rate")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -95,12 +99,10 @@ def compression(args: argparse.Namespace) -> asymkv.CompressionConfig:
     """The cache's settings."""
     if not args.use_compression:
         return asymkv.CompressionConfig("full")
-    given: dict[str, Any] = {"budget": args.max_cache_size}
-    if args.method == "aagc":
-        given |= {n: getattr(args, n) for n in ("num_clusters", "pruning_interval", "lookback_window",
-                                                "kmeans_learning_rate")}  # fmt: skip
-    else:
-        given |= {"chunk_size": args.pruning_interval, "decode_interval": args.pruning_interval}
+    interval = {"chunk_size": args.pruning_interval, "decode_interval": args.pruning_interval}
+    given: dict[str, Any] = {"budget": args.max_cache_size, **interval}
+    own = {field.name for field in dataclasses.fields(get_method(args.method)) if field.init}
+    given |= {name: getattr(args, name) for name in SEED_OPTIONS if name in own}
     given |= {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in args.set)}
     return asymkv.CompressionConfig(args.method, **given)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +12,7 @@ from torch import Tensor
 from asymkv.analysis.asymmetry import Asymmetry, Row
 from asymkv.analysis.attention_states import ATTENTION, KEYS, KEYS_PRE_ROPE, VALUES
 from asymkv.analysis.rank_correlation import ROW_BLOCK
-from asymkv.files import write_atomic
+from asymkv.files import csv_text, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -182,14 +180,8 @@ def markdown(result: Asymmetry, conditions: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def csv_text(rows: Sequence[Row]) -> str:
-    """Rows with five digits; columns that a row lacks stay empty."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    return out.getvalue()
+def _five_digits(row: Row) -> Row:
+    return {name: f"{value:.5g}" if isinstance(value, float) else value for name, value in row.items()}
 
 
 def _figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
@@ -283,8 +275,8 @@ def write_report(result: Asymmetry, conditions: Mapping[str, Any], folder: Path,
     heads = [{name: value for name, value in row.items() if name not in names} for row in result.rows]
     lags = [{name: row[name] for name in ("state", "layer", "head", "left_out", *names)}
             for row in result.rows if names[0] in row and row["left_out"] == result.sink_size]  # fmt: skip
-    write_atomic(folder / "heads.csv", csv_text(heads))
-    write_atomic(folder / "lags.csv", csv_text(lags))
+    write_atomic(folder / "heads.csv", csv_text(map(_five_digits, heads)))
+    write_atomic(folder / "lags.csv", csv_text(map(_five_digits, lags)))
     write_atomic(folder / "asymmetry.md", text)
     write_atomic(folder / "run.json", json.dumps(dict(conditions), indent=2) + "\n")
     if figures:

@@ -6,6 +6,7 @@ drop or merge rows see these shorter rows, and need to know nothing of it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from asymkv.dimensions.zack import Zack
 
 DIMENSIONS: Mapping[str, type[Zack]] = {"zack": Zack}
 
-__all__ = ["DIMENSIONS", "Projection", "Zack", "make_dimensions"]
+__all__ = ["DIMENSIONS", "Projection", "Zack", "make_dimensions", "setting_of"]
 
 
 def make_dimensions(setting: str | Mapping[str, Any] | None) -> Zack | None:
@@ -25,3 +26,11 @@ def make_dimensions(setting: str | Mapping[str, Any] | None) -> Zack | None:
         ValueError: for an unknown kind, an unknown key, or a bad value; lists what is allowed.
     """
     return None if setting is None else make_split("dimensions", setting, DIMENSIONS)
+
+
+def setting_of(dimensions: Zack | None) -> dict[str, Any] | None:
+    """The setting that :func:`make_dimensions` turns into ``dimensions``."""
+    if dimensions is None:
+        return None
+    kind = next(name for name, cls in DIMENSIONS.items() if type(dimensions) is cls)
+    return {"kind": kind, **dataclasses.asdict(dimensions)}

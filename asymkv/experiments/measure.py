@@ -12,14 +12,11 @@ from transformers import PreTrainedModel
 import asymkv
 from asymkv.cache import CompressedCache
 from asymkv.experiments.arms import SuiteArm
-from asymkv.longbench.arms import full_cache_bytes
+from asymkv.longbench.arms import StoredTooMuchError, allowed_rows, full_cache_bytes
+from asymkv.longbench.jsonl import NotFiniteError
 
 WARMUP_STEPS = 2
 Record = dict[str, Any]
-
-
-class NotFiniteError(RuntimeError):
-    """A loss that is no number: the arm is not measured further."""
 
 
 @torch.no_grad()
@@ -72,6 +69,7 @@ def measure_text(model: PreTrainedModel, arm: SuiteArm, ids: Tensor, decode_step
 
     Raises:
         NotFiniteError: for a loss that is NaN or infinite.
+        StoredTooMuchError: for a cache that holds more than the arm's settings allow.
         ValueError: what the method refuses.
     """
     accelerator = None if model.device.type == "cpu" else torch.get_device_module(model.device)
@@ -83,12 +81,27 @@ def measure_text(model: PreTrainedModel, arm: SuiteArm, ids: Tensor, decode_step
             at = int((~losses.isfinite()).any(0).nonzero()[0]) + 1
             raise NotFiniteError(f"the loss of token {at} is not finite")
         found = held(cache, model, ids.shape)
+        check_rows(arm, found["rows_per_head"], ids.shape[1])
         rate = decode_rate(model, cache, ids[:, -1:].to(model.device), decode_steps) if decode_steps else None
     found |= {"seconds": seconds, "tokens_per_second": losses.numel() / seconds, "decode_tokens_per_second": rate}
     if accelerator is not None:
         found["device_peak_bytes"] = accelerator.max_memory_allocated()
     sums = losses.double().sum(1).tolist()
     return [{"nll_sum": nll, "scored_tokens": losses.shape[1], **found} for nll in sums]
+
+
+def check_rows(arm: SuiteArm, rows_per_head: float, tokens: int) -> None:
+    """Raises where a text of ``tokens`` left more rows per KV head, on average, than the arm's settings allow.
+
+    What has come since the last compaction is one turn at most.
+    """
+    config = arm.config
+    allowed = allowed_rows(config, tokens) if config.options.compresses else None
+    if allowed is not None and rows_per_head > min(tokens, allowed + arm.stride):
+        raise StoredTooMuchError(
+            f"{arm.name} holds {rows_per_head:g} rows per KV head after {tokens} tokens; its settings "
+            f"({config.describe()}) allow {allowed}, and what a turn of {arm.stride} brings"
+        )
 
 
 def held(cache: CompressedCache, model: PreTrainedModel, shape: torch.Size) -> Record:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from asymkv.files import csv_text, write_atomic
 from asymkv.longbench import fidelity_report
 from asymkv.longbench.fidelity import Experiment
-from asymkv.longbench.files import write_atomic
 from asymkv.longbench.records import Record, RecordFolder
 
 
@@ -31,7 +31,7 @@ def write_joint_report(out: str | Path, folders: Mapping[str, RecordFolder], exp
     if any(row["windows"] for row in summary):
         tables += ["## Long texts", fidelity_report.text_table(summary)]
     text = "\n\n".join(tables + parts) + "\n"
-    write_atomic(out / "results.csv", fidelity_report.csv_text(summary))
+    write_atomic(out / "results.csv", csv_text(summary))
     write_atomic(out / "results.md", text)
     fidelity_report.plot(summary, out / "retention.png")
     return text

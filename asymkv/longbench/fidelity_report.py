@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections import defaultdict
@@ -12,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from asymkv.files import csv_text, write_atomic
 from asymkv.longbench import needle_plot
 from asymkv.longbench.arms import NONE
 from asymkv.longbench.fidelity import Experiment
 from asymkv.longbench.fidelity_plot import MIB, plot
-from asymkv.longbench.files import write_atomic
 from asymkv.longbench.records import Record, RecordFolder, merged_settings
 from asymkv.longbench.retention import Estimate, paired_pairs, pooled_ratio, retention_pairs
 
@@ -328,16 +326,6 @@ def markdown(results: Results, runs: Sequence[Record]) -> str:
     if any(row["windows"] for row in summary):
         parts += ["## Long texts", text_table(summary)]
     return "\n\n".join(parts) + "\n"
-
-
-def csv_text(summary: Sequence[Record]) -> str:
-    """All columns of all cells."""
-    names = list(dict.fromkeys(name for row in summary for name in row))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(summary)
-    return out.getvalue()
 
 
 def write_report(folder: RecordFolder, experiment: Experiment) -> str:

@@ -78,10 +78,15 @@ def build_prompt(
     head, tail, removed = _truncate_middle(head, tail, tokenizer, spec.max_length)
     if removed:
         check_template_fits(template, dataset, tokenizer, spec)
-    chat = spec.chat_template and not raw and dataset.removesuffix("_e") not in RAW_TASKS
+    chat = takes_chat(spec, dataset, raw)
     empty, prefix = {**row, "context": ""}, answer_prefix.format(**row)
     bare = _tokenise(before.format(**empty), after.format(**empty), tokenizer, chat, prefix)
     return dataclasses.replace(_tokenise(head, tail, tokenizer, chat, prefix), removed_tokens=removed, bare=bare)
+
+
+def takes_chat(spec: ModelSpec, dataset: str, raw: bool = False) -> bool:
+    """Whether a row is asked in a turn of the chat template."""
+    return spec.chat_template and not raw and dataset.removesuffix("_e") not in RAW_TASKS
 
 
 def prompt_tokens(
@@ -97,7 +102,7 @@ def prompt_tokens(
     """Tokens that :func:`build_prompt` gives a row that is not cut."""
     check_fields(template, row, dataset, answer_prefix)
     before, after = template.split(CONTEXT_FIELD)
-    chat = spec.chat_template and not raw and dataset.removesuffix("_e") not in RAW_TASKS
+    chat = takes_chat(spec, dataset, raw)
     head = before.format(**row) + str(row["context"])
     return len(_tokenise(head, after.format(**row), tokenizer, chat, answer_prefix.format(**row)).ids)
 

@@ -13,7 +13,6 @@ their full-cache losses are comparable.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from asymkv.cache import CompressedCache
-from asymkv.config import CompressionConfig
+from asymkv.compress import frozen_fork
 from asymkv.longbench.models import input_device
 from asymkv.longbench.prompts import Prompt
 
@@ -72,19 +70,6 @@ def compress(model: nn.Module, ids: Sequence[int]) -> Prefix:
     batch = torch.tensor([list(ids)], device=input_device(model))
     out = model(batch, logits_to_keep=1, use_cache=True)
     return Prefix(out.past_key_values, out.logits[0, -1])
-
-
-def frozen_fork(cache: Any) -> Any:
-    """An independent copy on which nothing is compacted any more.
-
-    Several tokens at once are a prompt to a compressed cache, which it judges its rows by and compacts after; a gold
-    answer must not take part in that. On the copy the full cache's settings go on with the rows as they are.
-    """
-    if not isinstance(cache, CompressedCache):
-        return copy.deepcopy(cache)
-    fork, config = cache.fork(), cache.config
-    fork.config = CompressionConfig(method="full", position_policy=config.positions, backend=config.backend)
-    return fork
 
 
 @torch.no_grad()

@@ -17,13 +17,14 @@ from typing import Any
 from torch import Tensor
 
 from asymkv.cache import CompressedCache
+from asymkv.compress import frozen_fork
 from asymkv.longbench import measure as single
 from asymkv.longbench import retention
 from asymkv.longbench.arms import ArmError, BaseArm
 from asymkv.longbench.data import Row, Task
 from asymkv.longbench.memory import DeviceMemory, HostMemory
 from asymkv.longbench.models import devices_of
-from asymkv.longbench.prompts import Prompt, answer_ids, check_questions_fit, follow_up, shared_prompts
+from asymkv.longbench.prompts import Prompt, answer_ids, check_questions_fit, follow_up, shared_prompts, takes_chat
 
 Record = dict[str, Any]
 SHARED, GOLD = "shared", "gold"
@@ -138,7 +139,7 @@ def _room(subject: single.Subject, task: Task, row: Row, turn: Row, protocol: si
 
 
 def _chats(subject: single.Subject, task: Task) -> bool:
-    return subject.spec.chat_template and not task.raw
+    return takes_chat(subject.spec, task.dataset, task.raw)
 
 
 def _limit(task: Task, turn: Row, protocol: single.Protocol) -> int:
@@ -153,7 +154,7 @@ def _on_copies(
     """Each question on a copy of the cache of ``tokens`` tokens, where nothing is compressed any more."""
     for turn, prompt in zip(row["turns"], prompts, strict=True):
         clock = single.Clock(subject.model)
-        own = retention.frozen_fork(prefix.cache)
+        own = frozen_fork(prefix.cache)
         logits = single.feed(subject.model, own, prompt.question_ids)
         asked = _Asked(turn, prompt, own, logits, len(prompt.question_ids), clock.lap())
         record, _ = _answer(subject, task, asked, protocol, own)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import csv
 import functools
-import io
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from asymkv.budgets import capacity_for
-from asymkv.files import write_atomic
+from asymkv.files import csv_text, write_atomic
 from asymkv.ops.backends import BACKENDS, Problem
 from asymkv.plan import CompactionPlan, contract_pairs, execute, keep_rows
 from asymkv.storage import RaggedStorage
@@ -108,11 +107,7 @@ class Table:
         self._save()
 
     def _save(self) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomic(self.path, text.getvalue())
+        write_atomic(self.path, csv_text(self.rows))
 
     def skip(self, keys: dict[str, Any], why: str) -> None:
         """Notes that a row is not measured, for the report and the conditions."""

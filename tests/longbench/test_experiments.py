@@ -17,9 +17,11 @@ from asymkv import CompressionConfig
 from asymkv.experiments import report, suite
 from asymkv.experiments.arms import Sizes, SuiteArm, ablation_arms, load_suite, method_arms
 from asymkv.experiments.corpus import read_articles, read_text, windows
-from asymkv.experiments.measure import NotFiniteError, measure_text, stream
+from asymkv.experiments.measure import check_rows, measure_text, stream
 from asymkv.experiments.suite import Options, load_weights, run_suite
 from asymkv.experiments.tasks import rouge
+from asymkv.longbench.arms import StoredTooMuchError
+from asymkv.longbench.jsonl import NotFiniteError
 from asymkv.longbench.models import ModelSpec, load_model
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -145,6 +147,15 @@ def test_a_measure_says_what_is_stored(model) -> None:
     assert found["full_bytes"] == 200 * 2 * 2 * 2 * 8 * 4
     assert 0.5 * found["full_bytes"] < found["stored_bytes"] < found["full_bytes"]
     assert found["tokens_per_second"] > 0 and found["decode_tokens_per_second"] > 0
+
+
+def test_an_arm_that_does_not_compress_is_an_error(model) -> None:
+    h2o = method_arms(["h2o"], SIZES).arms[0]
+    idle = CompressionConfig("h2o", budget=1000)  # never full on this text, as if the model had not been patched
+    with asymkv.replace("llama", idle, model=model):
+        _, cache, _ = stream(model, torch.randint(5, 200, (1, 200)), 64)
+    with pytest.raises(StoredTooMuchError, match="h2o holds 200 rows per KV head after 200 tokens"):
+        check_rows(h2o, cache.num_rows(0).double().mean().item(), 200)
 
 
 def test_a_loss_that_is_no_number_is_an_error(tiny_folder) -> None:
