@@ -2,9 +2,8 @@
 the text that they come from.
 
 The model is asked to repeat a range of its own tokens and the range is fed as the answer, against everything stored.
-A row's score is the highest probability that any query of the replay, in any head of the group, gives it in a softmax
-over the first rows, the range's rows and the replay's own tokens; so that its cost per token does not grow with the
-context. Nothing of a replay is stored. Which rows are judged is said by position: the cache may be compressed already.
+A scorer (``asymkv.replay_scores``) judges the range's rows by the replay's queries, layer by layer. Nothing of a replay
+is stored. Which rows are judged is said by position: the cache may be compressed already.
 """
 
 from __future__ import annotations
@@ -23,15 +22,12 @@ from asymkv.layer import CompressedLayer
 from asymkv.models.adapter import FamilyAdapter
 from asymkv.ops import ragged_attention
 from asymkv.ops.sdpa import causal_attention
-from asymkv.storage import RaggedStorage
+from asymkv.replay_scores import FAINTEST, SCORE, ReplayQueries, Scorer
 
 if TYPE_CHECKING:
     from asymkv.methods.kvzip import KVzip
 
-SCORE = "score"  # fp32 statistic of each row; 0 = never judged
-FAINTEST = 1e-30  # lowest score of a judged row: an underflow must not look like a row that was never judged
 OVERLAP = 8  # tokens before the range that tell the model where to go on (the paper's code)
-BLOCK_ELEMENTS = 1 << 22  # logits in memory at a time, 16 MiB in fp32
 
 
 @dataclass(frozen=True)
@@ -56,15 +52,12 @@ class Replay:
     """One replay on its way through the layers; ``begin``, ``end [B]`` int64: positions of the rows to score.
 
     Args:
-        anchor: rows at positions below this are in every softmax.
-        weigh: KVzip+: probabilities times the norm of the value through the output projection, over the norm of the
-            query's hidden state.
+        scorer: judges them.
     """
 
     begin: Tensor
     end: Tensor
-    anchor: int
-    weigh: bool
+    scorer: Scorer
 
     def attend(
         self, cache: CompressedCache, layer: CompressedLayer, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor,
@@ -85,108 +78,13 @@ class Replay:
         assert step is not None
         rotary = None if layer.policy == "original" else rotary_of_new(layer, step, k)
         q, k = rotate_new(cache, layer, step, rotary, q, k)
-        self._score(layer, step, q, k, hidden, scale)
-        past, past_lse = ragged_attention(q, layer, scale=scale, backend=cache.backend)
         own, own_lse = causal_attention(q, k, v, scale)
+        past, past_lse = ragged_attention(q, layer, scale=scale, backend=cache.backend)
         share = torch.sigmoid(own_lse - past_lse)[..., None]
-        return torch.lerp(past.to(share.dtype), own.to(share.dtype), share).to(q.dtype)
-
-    def _score(
-        self, layer: CompressedLayer, step: Step, q: Tensor, k: Tensor, hidden: Tensor, scale: float
-    ) -> None:
-        storage, batch = layer.storage, layer.batch
-        storage.add_column(SCORE, (), torch.float32)
+        out = torch.lerp(past.to(share.dtype), own.to(share.dtype), share)
         begin, end = (x.to(q.device).repeat_interleave(layer.kv_heads) for x in (self.begin, self.end))
-        rows = subset(storage, begin, end, self.anchor)
-        if not rows.place.shape[1]:
-            return
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        queries = q.reshape(storage.heads, -1, *q.shape[2:])
-        counts = torch.tensor(step.counts, device=q.device)
-        absent = torch.arange(q.shape[2], device=q.device) >= counts[:, None]
-        fade = hidden.norm(dim=-1, dtype=dtype).log() if self.weigh else torch.zeros(1, 1, device=q.device, dtype=dtype)
-        fade = torch.where(absent, torch.inf, fade).repeat_interleave(storage.heads // batch, 0)
-        keys = storage.columns["keys"][rows.place].to(dtype)
-        bias = torch.where(rows.present, storage.columns["log_n"][rows.place], -torch.inf).to(dtype)
-        best = strongest(queries.to(dtype) * scale, keys, bias, k.flatten(0, 1).to(dtype), fade).exp()
-        if self.weigh:
-            assert layer.output_weight is not None
-            best = best * output_norm(storage.columns["values"][rows.place].to(dtype), layer.output_weight, batch)
-        score = best.amax(1).clamp(min=FAINTEST, max=None if self.weigh else 1)
-        storage.columns[SCORE][rows.place[rows.scored]] = score[rows.scored].float()
-
-
-@dataclass(frozen=True)
-class Subset:
-    """Rows of N heads: ``place [N, W]`` in the buffers, ``present [N, W]``, and those to score, ``scored [N, W]``."""
-
-    place: Tensor
-    present: Tensor
-    scored: Tensor
-
-
-def subset(storage: RaggedStorage, begin: Tensor, end: Tensor, anchor: int) -> Subset:
-    """Rows of each head at positions below ``anchor`` or from ``begin`` to ``end``, both ``[N]`` int64."""
-    positions, valid = storage.ordered("position"), storage.valid()
-    if valid is not None:
-        positions = torch.where(valid, positions, torch.iinfo(torch.int32).max)
-    bounds = torch.stack((torch.full_like(begin, anchor), begin, end), 1).int()
-    first, low, high = torch.searchsorted(positions.contiguous(), bounds).unbind(1)
-    low = low.maximum(first)
-    count = first + (high - low).clamp(min=0)
-    index = torch.arange(int(count.max()), device=storage.device).expand(storage.heads, -1)
-    present = index < count[:, None]
-    index = torch.where(index < first[:, None], index, index + (low - first)[:, None])
-    place = storage.locate(torch.where(present, index, 0)).clamp(max=storage.columns["position"].shape[0] - 1)
-    position = storage.columns["position"][place]
-    return Subset(place, present, present & (position >= begin[:, None]) & (position < end[:, None]))
-
-
-def strongest(queries: Tensor, keys: Tensor, bias: Tensor, own: Tensor, fade: Tensor) -> Tensor:
-    """Highest log probability of each row over the queries of a head, in blocks of queries.
-
-    The softmax of a query runs over the rows and the replay's own keys up to the query's.
-
-    Args:
-        queries: ``[N, G, t, D]``, scaled.
-        keys: ``[N, W, D]`` of the rows.
-        bias: ``[N, W]``, log n of a row, -inf where absent.
-        own: ``[N, t, D]`` keys of the replay.
-        fade: ``[N, t]``, taken off a query's log probabilities; inf where it is no token.
-
-    Returns:
-        ``[N, G, W]``.
-    """
-    heads, group, total, _ = queries.shape
-    width = keys.shape[1]
-    best = queries.new_full((heads, group, width), -torch.inf)
-    size = max(1, BLOCK_ELEMENTS // (heads * group * (width + total)))
-    for begin in range(0, total, size):
-        end = min(begin + size, total)
-        block = queries[:, :, begin:end].flatten(1, 2)
-        logits = torch.baddbmm(bias[:, None], block, keys.transpose(1, 2)).view(heads, group, -1, width)
-        tail = (block @ own[:, :end].transpose(1, 2)).view(heads, group, -1, end)
-        column = torch.arange(end, device=own.device)
-        tail = tail.masked_fill_(column > column[begin:, None], -torch.inf)
-        lse = torch.logaddexp(logits.logsumexp(-1), tail.logsumexp(-1)) + fade[:, None, begin:end]
-        best = best.maximum(logits.sub_(lse[..., None]).amax(2))
-    return best
-
-
-def output_norm(values: Tensor, weight: Tensor, batch: int) -> Tensor:
-    """Norm of values through each query head's part of the output projection.
-
-    Args:
-        values: ``[B * H_kv, W, D]``.
-        weight: ``[hidden, H * D]``.
-
-    Returns:
-        ``[B * H_kv, G, W]``.
-    """
-    kv_heads, dim = values.shape[0] // batch, values.shape[-1]
-    heads = weight.to(values.dtype).view(weight.shape[0], kv_heads, -1, dim)
-    gram = torch.einsum("okgd,okge->kgde", heads, heads).repeat(batch, 1, 1, 1)
-    return torch.einsum("nwd,ngde,nwe->ngw", values, gram, values).clamp(min=0).sqrt()
+        self.scorer.score(layer, ReplayQueries(q, step.counts, out, past_lse, own_lse, hidden, scale), begin, end)
+        return out.to(q.dtype)
 
 
 @dataclass
@@ -236,7 +134,7 @@ class Reconstruction:
             end = [min(b + method.replay_chunk, e) for b, e in zip(begin, last, strict=True)]
             inputs = [self._input(row, b, e) for row, (b, e) in enumerate(zip(begin, end, strict=True))]
             ranges = [(b + s, e + s) if b < e else (0, 0) for b, e, s in zip(begin, end, shift, strict=True)]
-            replay(self.adapter, self.lm, self.cache, inputs, ranges, method.anchor(self.wording), method.plus)
+            replay(self.adapter, self.lm, self.cache, inputs, ranges, method.scorer(self.wording))
 
     def _input(self, row: int, begin: int, end: int) -> Tensor:
         """Question and answer of one row; empty if it has no range. Replays start where the prefix ends."""
@@ -261,21 +159,20 @@ class Reconstruction:
 
 def replay(
     adapter: FamilyAdapter, lm: PreTrainedModel, cache: CompressedCache, inputs: list[Tensor],
-    ranges: list[tuple[int, int]], anchor: int, weigh: bool,
+    ranges: list[tuple[int, int]], scorer: Scorer,
 ) -> None:
     """Runs one replay against everything stored, and writes the score of the rows in ``ranges``.
 
     Args:
         inputs: per row of the batch, the token ids of its replay ``[n]``; none = this row has none.
         ranges: per row, the positions ``begin, end`` of the rows to score.
-        anchor: rows at positions below this are in every softmax.
-        weigh: KVzip+, see :class:`Replay`.
+        scorer: judges them.
     """  # fmt: skip
     counts = [len(x) for x in inputs]
     ids = pad_sequence(inputs, batch_first=True)
     positions, tables = cache.next_positions(counts, ids.device, lm.dtype)
     begin, end = torch.tensor(ranges, device=ids.device).unbind(1)
-    cache.step = Step(counts, positions, tables, [], [], [], prompt=True, replay=Replay(begin, end, anchor, weigh))
+    cache.step = Step(counts, positions, tables, [], [], [], prompt=True, replay=Replay(begin, end, scorer))
     present = cache.step.query_positions(ids.device) >= 0
     adapter.decoder(lm)(
         input_ids=ids,

@@ -16,6 +16,7 @@ OPTIONS = {
     "aagc": {"pruning_interval": 32, "lookback_window": 16},
     "kvzip": {"repeat_ids": (5, 90, 17), "continue_ids": (5, 91), "suffix_ids": (33,), "replay_chunk": 70},
 }
+OPTIONS["echo"] = OPTIONS["kvzip"]
 # One score per layer and KV head of a tiny model; the best head is not in layer 0.
 HEAD_SCORES = [[0.1, 0.2], [0.9, 0.3]]
 

@@ -10,6 +10,7 @@ from asymkv.methods.cam import CaM
 from asymkv.methods.composed import ChunkKV, CriticalKV
 from asymkv.methods.d2o import D2O
 from asymkv.methods.duo_attention import DuoAttention
+from asymkv.methods.echo import Echo
 from asymkv.methods.expected_attention import ExpectedAttention
 from asymkv.methods.full import Full
 from asymkv.methods.h2o import H2O
@@ -37,6 +38,7 @@ METHODS: dict[str, type[Method]] = {
     "d2o": D2O,
     "duo_attention": DuoAttention,
     "dynamic_kv": DynamicKV,
+    "echo": Echo,
     "expected_attention": ExpectedAttention,
     "full": Full,
     "h2o": H2O,

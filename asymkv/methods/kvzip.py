@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from asymkv.chat import chat_text, encode, load_tokenizer
 from asymkv.methods.base import Method
 from asymkv.plan import CompactionPlan
-from asymkv.reconstruction import SCORE, Wording
+from asymkv.reconstruction import Wording
+from asymkv.replay_scores import SCORE, RangeMaximum, Scorer
 from asymkv.view import RowView
 
 if TYPE_CHECKING:
@@ -163,9 +164,10 @@ class KVzip(Method):
         return {"prefix": prefix, "repeat_ids": repeat, "continue_ids": again,
                 "suffix_ids": encode(tokenizer, text.suffix)}  # fmt: skip
 
-    def anchor(self, wording: Wording) -> int:
-        """Rows at positions below this are in every softmax of a replay."""
-        return max(self.sink_size, wording.prefix) if self.keep_prefix else self.sink_size
+    def scorer(self, wording: Wording) -> Scorer:
+        """What judges rows in a replay; rows of a kept prefix are in every softmax."""
+        anchor = max(self.sink_size, wording.prefix) if self.keep_prefix else self.sink_size
+        return RangeMaximum(anchor, self.plus)
 
     def judge(self, view: RowView) -> tuple[Tensor, Tensor]:
         """The stored scores; rows that were never judged (prefix, generated tokens) cannot be given up."""

@@ -8,7 +8,7 @@ from tiny_models import OPTIONS, assert_close, assert_same_rows, left_padded, pr
 
 import asymkv
 from asymkv.methods.kvzip import head_scores
-from asymkv.reconstruction import SCORE
+from asymkv.replay_scores import SCORE
 
 KVZIP = {"method": "kvzip", **OPTIONS["kvzip"]}
 LEVELS = ("pair", "pair_uniform", "layer", "head")

@@ -8,7 +8,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import asymkv
 from asymkv.models import get_adapter
-from asymkv.reconstruction import SCORE, Reconstruction, Replay, replay
+from asymkv.reconstruction import Reconstruction, replay
+from asymkv.replay_scores import SCORE, RangeMaximum
 
 REQUEST = {"repeat_ids": (5, 90, 17), "continue_ids": (5, 91), "suffix_ids": (33, 34)}
 
@@ -120,7 +121,8 @@ def test_a_replay_attends_to_everything_stored_and_stores_nothing(past):
         cache = model(ids, attention_mask=mask).past_key_values
         before = cache.fork()
         ranges = [(80, 90), (50, 70), (0, 0)]
-        out = replayed_outputs(model, lambda: replay(get_adapter("llama"), model, cache, asked, ranges, 4, False))
+        adapter, scorer = get_adapter("llama"), RangeMaximum(4)
+        out = replayed_outputs(model, lambda: replay(adapter, model, cache, asked, ranges, scorer))
         for row in range(2):
             alone = before.fork()
             alone.batch_select_indices(torch.tensor([row]))
@@ -172,7 +174,7 @@ class LargestResult(TorchDispatchMode):
 
 @torch.no_grad()
 def test_memory_of_scoring_does_not_grow_with_the_context(monkeypatch):
-    model, original = tiny_model(), Replay._score
+    model, original = tiny_model(), RangeMaximum.score
     found = {}
     for length in (200, 1600):
         watch = LargestResult()
@@ -181,7 +183,7 @@ def test_memory_of_scoring_does_not_grow_with_the_context(monkeypatch):
             with watch:
                 return original(*args)
 
-        monkeypatch.setattr(Replay, "_score", score)
+        monkeypatch.setattr(RangeMaximum, "score", score)
         with asymkv.replace("llama", method="kvzip", retain=True, replay_chunk=100, **REQUEST):
             model(prompt(length))
         found[length] = watch.largest

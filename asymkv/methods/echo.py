@@ -1,0 +1,159 @@
+"""Echo: reconstruction chunk by chunk, so that what KVzip does to a whole prompt is done in bounded memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from asymkv.checks import check_choice
+from asymkv.methods.asymkv import group_sums
+from asymkv.methods.kvzip import KVzip
+from asymkv.plan import CompactionPlan, contract_pairs, keep_rows
+from asymkv.reconstruction import Wording
+from asymkv.replay_scores import CURRENCIES, PAIR, SCORE, Displacement, RangeMaximum, Scorer
+from asymkv.view import RowView
+
+if TYPE_CHECKING:
+    from asymkv.config import CompressionConfig
+
+ACTIONS = ("drop", "merge", "both")
+OVER = ("stored", "range")
+MERGED_KEYS = ("pre_rope", "post_rope")
+MERGED_POSITIONS = ("last", "mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class Echo(KVzip):
+    """Repeats every prefill chunk once, against what is left of the past and the chunk, and judges its rows by that.
+
+    Rows that are stored never exceed budget and chunk, and reading costs one more forward per chunk. A row is judged
+    once, by the replay of its own chunk; its score stays with it. What to do with the cheapest rows is decided in one
+    currency (:class:`asymkv.replay_scores.Displacement`). Takes KVzip's arguments, and:
+
+    Args:
+        over: what a probability is a share of: "stored" (everything that is stored and the replay) or "range" (KVzip's:
+            first rows, chunk and replay).
+        currency: "attention" or "output_error", what dropping or merging displaces for the query it displaces most for.
+        action: "drop" rows, "merge" each into the next row of its head, or "both", whichever costs less.
+        merged_keys: average keys "pre_rope", turned to the merged row's position, or as they are stored ("post_rope").
+        merged_position: a merged row's position, of its "last" member or the "mean" by cardinality.
+    """
+
+    title: ClassVar[str] = "Echo: chunk by chunk reconstruction, ours"
+    chunk_size: ClassVar[int | None] = 1024
+
+    over: str = "stored"
+    currency: str = "attention"
+    action: str = "drop"
+    merged_keys: str = "pre_rope"
+    merged_position: str = "last"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        needs = super().needs - {"whole_prompt"}
+        return needs | {"output_weight"} if self.currency == "output_error" else needs
+
+    def defaults(self) -> dict[str, Any]:
+        """KVzip's, but no head is emptied: later chunks are read by what is left of the earlier ones."""
+        joint = {"layer_budgets": {"kind": "global", "floor": 0.1}} if self.level == "pair" else {}
+        return {**super().defaults(), **joint}
+
+    def validate(self, config: CompressionConfig) -> None:
+        """Checks the choices.
+
+        Raises:
+            ValueError: for an unknown choice, or choices that do not go together.
+        """
+        super().validate(config)
+        choices = {"over": OVER, "currency": CURRENCIES, "action": ACTIONS, "merged_keys": MERGED_KEYS,
+                   "merged_position": MERGED_POSITIONS}  # fmt: skip
+        for name, allowed in choices.items():
+            check_choice(name, getattr(self, name), allowed)
+        if self.over == "range" and (self.currency, self.action) != ("attention", "drop"):
+            raise ValueError("over='range' is KVzip's score, which only drops rows by attention; found "
+                             f"currency={self.currency!r}, action={self.action!r}")
+        if self.over == "stored" and self.plus:
+            raise ValueError("plus=True is a form of KVzip's score; it needs over='range', found over='stored'")
+        if self.level == "head" and self.action != "drop":
+            raise ValueError(f"level='head' drops rows; action must be 'drop', found {self.action!r}")
+        if self._edits and config.positions != "original":
+            raise ValueError("merged_keys='post_rope' and merged_position='mean' need position_policy='original'; "
+                             f"found {config.positions!r}")
+
+    @property
+    def _edits(self) -> bool:
+        return self.merged_keys == "post_rope" or self.merged_position == "mean"
+
+    def row_bytes(self, head_dim: int, dtype: torch.dtype, config: CompressionConfig) -> int:
+        """The score, and that of the pair."""
+        return 4 if self.action == "drop" else 8
+
+    def scorer(self, wording: Wording) -> Scorer:
+        """What judges rows in a replay."""
+        judge = super().scorer(wording)
+        if self.over == "range":
+            assert isinstance(judge, RangeMaximum)
+            return judge
+        return Displacement(self.currency, self.action != "drop")
+
+    def judge(self, view: RowView) -> tuple[Tensor, Tensor]:
+        """Cost of the cheaper action on each row; a merge needs a next row that may be touched."""
+        drop, free = super().judge(view)
+        if self.action == "drop":
+            return drop, free
+        follows = free & torch.nn.functional.pad(free[..., 1:], (0, 1))
+        # A pair that was never judged, or whose neighbours changed, costs no more than to lose both.
+        merge = view.statistics[PAIR].minimum(drop + torch.nn.functional.pad(drop[..., 1:], (0, 1)))
+        if self.action == "merge":
+            view.evidence["joins"] = follows
+            return merge, follows
+        merge = torch.where(follows, merge, torch.inf)
+        view.evidence["joins"] = merge < drop
+        return merge.minimum(drop), free
+
+    def carry_out(self, view: RowView, chosen: Tensor) -> CompactionPlan:
+        """Merges runs of chosen pairs and drops the other chosen rows; a run whose last row is dropped goes with it."""
+        if self.action == "drop":
+            return super().carry_out(view, chosen)
+        joins = chosen & view.evidence["joins"]
+        target = contract_pairs(joins[..., :-1])
+        gone = (chosen & ~joins).gather(-1, target) | ~view.valid
+        alone = ~gone & ~_shared(target)
+        intact = alone & torch.nn.functional.pad(alone[..., 1:], (0, 1))
+        view.statistics[PAIR] = torch.where(intact, view.statistics[PAIR], torch.inf)
+        if not self._edits:
+            return CompactionPlan(torch.where(gone, -1, target))
+        self._merge_in_place(view, target)
+        index = torch.arange(target.shape[-1], device=target.device)
+        return keep_rows((target == index) & ~gone)
+
+    def _merge_in_place(self, view: RowView, target: Tensor) -> None:
+        """Puts each run's means by cardinality into its last row, for merges that the executor does not know."""
+        n = view.cardinality.to(torch.float64)[..., None]
+        total = group_sums(n, target)
+        share = n / total.clamp(min=1)
+        touched = _shared(target)[..., None]
+        at = view.positions
+        if self.merged_position == "mean":
+            at = torch.where(touched[..., 0], group_sums(share * at[..., None], target)[..., 0].round().int(), at)
+        if self.merged_keys == "post_rope":
+            keys = group_sums(share * view.keys, target)
+        else:
+            means = group_sums(share * view.unrotate(view.keys), target)
+            keys = view.rope.rotate(means.to(view.keys.dtype), at.long())
+        values = group_sums(share * view.values, target)
+        view.keys = torch.where(touched, keys.to(view.keys.dtype), view.keys)
+        view.values = torch.where(touched, values.to(view.values.dtype), view.values)
+        view.cardinality = torch.where(touched[..., 0], total[..., 0].int(), view.cardinality)
+        view.positions = at
+        score = group_sums(view.statistics[SCORE][..., None], target)[..., 0]
+        view.statistics[SCORE] = torch.where(touched[..., 0], score, view.statistics[SCORE])
+
+
+def _shared(target: Tensor) -> Tensor:
+    """``[B, H_kv, T]`` bool: rows whose destination is that of another row too."""
+    members = torch.zeros_like(target).scatter_add_(-1, target, torch.ones_like(target))
+    return members.gather(-1, target) > 1
