@@ -136,18 +136,7 @@ class Adaptive(HeadBudgets):
         return lowest(judged.cost, held - kept, free)
 
 
-@dataclasses.dataclass(frozen=True)
-class Shared(HeadBudgets):
-    """All heads of a layer give up the same units, those that cost the heads least on average (upstream AsymKV)."""
-
-    def choose(self, judged: Judged) -> Tensor:
-        """One choice for all heads, which must hold the same rows for that."""
-        free = judged.free.all(1, keepdim=True)
-        cost = torch.where(free, judged.cost, 0).mean(1, keepdim=True)
-        return lowest(cost, judged.excess.amax(1, keepdim=True), free).expand_as(judged.free)
-
-
-HEAD_BUDGETS: Mapping[str, type[HeadBudgets]] = {"uniform": HeadBudgets, "shared": Shared, "adaptive": Adaptive}
+HEAD_BUDGETS: Mapping[str, type[HeadBudgets]] = {"uniform": HeadBudgets, "adaptive": Adaptive}
 
 
 def cheapest(cost: Tensor, free: Tensor, total: Tensor) -> Tensor:

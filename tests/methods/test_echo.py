@@ -108,17 +108,6 @@ def test_chunks_are_judged_by_their_own_replay_and_keep_their_scores():
     assert cache.stats()["peak_rows"] == 20 + 30
 
 
-@torch.no_grad()
-def test_heads_that_share_their_choice_hold_the_same_rows():
-    model = tiny_model(dtype=torch.float64)
-    options = {"chunk_size": 30, "budget": 24, "level": "pair_uniform", "head_budgets": "shared", **REQUEST}
-    with asymkv.replace("llama", method="echo", **options):
-        cache = model(prompt(60)).past_key_values
-    for layer in range(2):
-        first, second = cache.positions(layer)[0]
-        assert first.tolist() == second.tolist() and len(first) == 24
-
-
 @pytest.mark.parametrize(("settings", "message"), [
     ({"action": "keep"}, "action='keep'.*drop"),
     ({"currency": "nats"}, "currency='nats'.*output_error"),
