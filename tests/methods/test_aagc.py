@@ -4,15 +4,14 @@ import math
 
 import pytest
 import torch
-from merging_views import DIM, make_view, options, rope
+from merging_views import DIM, carried_out, make_view, marked, options, rope
 from tiny_models import assert_close, assert_same_rows, prompt, tiny_model
 
 import asymkv
 from asymkv.layer import CompressedLayer
 from asymkv.methods import aagc_seed
-from asymkv.methods.clustering import FOLDED, Clusters, farthest_seeds, spread_seeds
+from asymkv.methods.clustering import FOLDED, WORTH, Clusters, farthest_seeds, spread_seeds
 from asymkv.ops.reference import lma_attention
-from asymkv.plan import execute
 
 
 def axis(*numbers):
@@ -22,19 +21,26 @@ def axis(*numbers):
     return out
 
 
-def folded(keys, values, drop, *, bank=(), budget=None, **settings):
-    """Storage of one head after row ``drop`` has gone and the rest but the newest was folded; ``bank``: rows that are
-    centroids of one token already."""
+def bank_view(keys, values, *, bank=(), n=None, worth=None, mass=None, budget=None):
+    """A layer and its rows; ``bank``: those that are centroids already, of ``n`` tokens (1) and so much folded
+    ``worth``; ``mass``: importance of each row (1)."""
     rows = keys.shape[2]
-    layer, view = make_view(rows, keys.shape[1], keys=keys, values=values, budget=budget or rows - 1)
+    layer, view = make_view(rows, keys.shape[1], keys=keys, values=values, budget=budget or rows - 1, n=n)
     if bank:
         view.statistics[FOLDED] = torch.zeros(*view.valid.shape, 2)
-        view.statistics[FOLDED][:, :, list(bank)] = torch.tensor([1.0, 0.0])
-    view.evidence["importance"] = torch.ones(view.valid.shape)
-    chosen = torch.zeros_like(view.valid)
-    chosen[..., drop] = True
+        view.statistics[FOLDED][:, :, list(bank), 0] = view.cardinality[:, :, list(bank)].float()
+    if worth is not None:
+        view.statistics[WORTH] = torch.as_tensor(worth, dtype=torch.float32).expand(view.valid.shape).clone()
+    given = torch.ones(rows) if mass is None else torch.as_tensor(mass, dtype=torch.float32)
+    view.evidence["importance"] = given.expand(view.valid.shape)
+    return layer, view
+
+
+def folded(keys, values, drop, *, bank=(), n=None, worth=None, mass=None, budget=None, **settings):
+    """Storage after row ``drop`` of every head has gone and the rest but the newest was folded."""
+    layer, view = bank_view(keys, values, bank=bank, n=n, worth=worth, mass=mass, budget=budget)
     method = options("aagc", budget=100, window=0, recent_size=1, **{"num_clusters": 1, **settings})
-    return execute(method.carry_out(view, chosen), view, layer.storage, "original")
+    return carried_out(method, layer, view, marked(view, drop))
 
 
 def attention(storage, query):
@@ -72,6 +78,111 @@ def test_worked_examples_of_the_update(settings, expected):
     assert out.rows(FOLDED, 0).tolist() == [[3, 1], [0, 0]]  # positions 0, 1, 2
 
 
+EMA = {"kmeans_update": "ema"}
+
+
+@pytest.mark.parametrize(("settings", "worth", "mass", "expected"), [
+    ({}, 3.0, (1, 2), (3 * 0 + 1 * 2 + 2 * 4) / 6),
+    ({}, 3.0, (0, 0), 0.0),  # the centroid's own is all there is
+    ({}, 0.0, (0, 0), 2.0),  # there is none: tokens decide
+    (EMA, None, (1, 2), (1 - 0.99**2) * 10 / 3),
+    (EMA, None, (0, 0), (1 - 0.99**2) * 3),
+    ({**EMA, "kmeans_learning_rate": 1.0}, None, (3, 1), 2.5),
+], ids=str)  # fmt: skip
+def test_worked_examples_of_values_by_importance(settings, worth, mass, expected):
+    """A centroid at 0 into which ``worth`` was folded takes 2 and 4; its key and count do not ask for importance, nor
+    does its value for the importance that it has now."""
+    rows = axis(0, 2, 4, 9, 5)
+    column = None if worth is None else [worth, 0, 0, 0, 0]
+    out = folded(rows, rows, 3, bank=[0], worth=column, mass=[9, *mass, 0, 0], importance=True, **settings)
+    plain = folded(rows, rows, 3, bank=[0], **settings)
+    for name in ("keys", "cardinality", "position", FOLDED):
+        assert torch.equal(out.columns[name], plain.columns[name]), name
+    assert out.rows("values", 0)[:, 0].tolist() == pytest.approx([expected, 5])
+    assert (WORTH in out.columns) == (worth is not None)
+    if worth is not None:
+        assert out.rows(WORTH, 0).tolist() == [worth + sum(mass), 0]
+
+
+@pytest.mark.parametrize(("evict", "keys", "counts"), [
+    (False, [10.5, 0.6, 5], [2, 5, 1]), (True, [10.5, 3, 5], [2, 1, 1]),
+], ids=["kept", "evicted"])  # fmt: skip
+def test_a_centroid_that_is_worth_less_than_every_kept_row_makes_room(evict, keys, counts):
+    """Two centroids: 4 tokens at 0 with 2 of importance, 1 at 10 with exactly the least kept row's 0.75.
+
+    The first has 0.5 per token and goes, its tokens with it; of the rows at 11 and 3, the farther from 10 follows it.
+    The dropped row's 0.1 and the recent row's 0.2 set no bar.
+    """
+    rows = axis(0, 10, 11, 3, 9, 5)
+    out = folded(rows, rows, 4, bank=[0, 1], n=[4, 1, 1, 1, 1, 1], mass=[2, 0.75, 0.75, 3, 0.1, 0.2], num_clusters=2,
+                 evict_centroids=evict)  # fmt: skip
+    assert out.rows("keys", 0)[:, 0].tolist() == pytest.approx(keys) and out.rows("position", 0).tolist() == [2, 3, 5]
+    assert out.rows("cardinality", 0).tolist() == counts and out.rows(FOLDED, 0)[:, 0].tolist() == [*counts[:2], 0]
+
+
+def test_a_bank_that_is_given_up_begins_anew_where_rows_were_kept():
+    """Both centroids are worth nothing: kept rows form two of their own; a head that kept none keeps its bank."""
+    rows = axis(0, 100, 2, 3, 20, 21, 7, 5).expand(1, 2, 8, DIM)
+    gone = torch.zeros(1, 2, 8, dtype=torch.bool)
+    gone[0, 0, 6], gone[0, 1, 2:7] = True, True
+    layer, view = bank_view(rows, rows, bank=[0, 1], mass=[0, 0, 1, 2, 3, 4, 0, 0])
+    method = options("aagc", budget=100, window=0, recent_size=1, num_clusters=2, evict_centroids=True)
+    out = carried_out(method, layer, view, gone)
+    assert [out.rows("keys", h)[:, 0].tolist() for h in (0, 1)] == [[2.5, 20.5, 5], [0, 100, 5]]
+    assert [out.rows("cardinality", h).tolist() for h in (0, 1)] == [[2, 2, 1], [1, 1, 1]]
+
+
+def restated(keys, values, n, worth, mass, bank, evict, by_importance, rate):
+    """One head's fold, row by row, the last row but one dropped and the last kept: ``(position, key, value, n)`` of
+    each row; ``rate`` None: running mean."""
+    count, kept = len(bank), range(max(bank) + 1, len(keys) - 2)
+    least = min(mass[i] for i in kept)
+    bank = [j for j in bank if not evict or mass[j] / n[j] >= least]
+    gap = {i: min(((keys[i] - keys[j]) ** 2).sum() for j in bank) for i in kept}
+    seeds = sorted(kept, key=gap.__getitem__)[len(kept) - (count - len(bank)) :]
+    members = {j: [j] for j in [*bank, *seeds]}
+    for i in set(kept) - set(seeds):
+        members[min(members, key=lambda j, i=i: ((keys[i] - keys[j]) ** 2).sum())].append(i)
+    rows = [(len(keys) - 1, keys[-1], values[-1], 1)]
+    for lead, group in members.items():
+        new = [i for i in group if i not in bank]
+        own = {i: (worth[i] if i in bank else mass[i]) if by_importance else n[i] for i in group}
+
+        def mean(x, amount, lead=lead, new=new, group=group):
+            if rate is None or lead not in bank:
+                return sum(amount[i] * x[i] for i in group) / sum(amount[i] for i in group)
+            if not new:
+                return x[lead]
+            target = sum(amount[i] * x[i] for i in new) / sum(amount[i] for i in new)
+            return x[lead] + (1 - (1 - rate) ** len(new)) * (target - x[lead])
+
+        rows.append((max(group), mean(keys, n), mean(values, own), sum(n[i] for i in group)))
+    return sorted(rows, key=lambda row: row[0]), count - len(bank)
+
+
+@pytest.mark.parametrize("rate", [None, 0.3])
+@pytest.mark.parametrize("by_importance", [False, True])
+@pytest.mark.parametrize("evict", [False, True])
+def test_a_fold_is_its_plain_restatement(evict, by_importance, rate):
+    """Random rows, two heads, five centroids of some tokens each."""
+    torch.manual_seed(3)
+    keys, values = torch.randn(2, 1, 2, 24, DIM, dtype=torch.float64)
+    bank, n = list(range(5)), [3, 1, 7, 2, 5] + [1] * 19
+    worth, mass = torch.rand(2, 24), torch.rand(2, 24) + 0.4
+    update = {} if rate is None else {**EMA, "kmeans_learning_rate": rate}
+    column = worth if by_importance and rate is None else None
+    out = folded(keys, values, 22, bank=bank, n=n, worth=column, mass=mass, num_clusters=5, evict_centroids=evict,
+                 importance=by_importance, **update)  # fmt: skip
+    for head in range(2):
+        found = (worth[head].double(), mass[head].double())
+        rows, gone = restated(keys[0, head], values[0, head], n, *found, bank, evict, by_importance, rate)
+        assert (0 < gone < 5) == evict
+        at, key, value, count = zip(*rows, strict=True)
+        assert out.rows("position", head).tolist() == list(at) and out.rows("cardinality", head).tolist() == list(count)
+        assert_close("keys", torch.stack(key), out.rows("keys", head), 1e-9)
+        assert_close("values", torch.stack(value), out.rows("values", head), 1e-9)
+
+
 def test_worked_example_of_the_public_codes_update():
     """The same rows there: 0.99 * 0 + 0.01 * 3 = 0.03."""
     _, view = make_view(3, 1, keys=axis(0, 2, 4), values=axis(0, 2, 4))
@@ -88,15 +199,18 @@ def bank_of(layer):
     n, place = view.statistics[FOLDED].double().unbind(-1)
     weight = n[..., None]
     turned = rope().rotate(view.keys, -place.round().long())
-    return [n.sum(2), *((weight * x).sum(2) for x in (turned, view.keys, view.values)), (n * place).sum(2)]
+    by = view.statistics[WORTH].double()[..., None] if WORTH in view.statistics else weight
+    moments = [(weight * turned).sum(2), (weight * view.keys).sum(2), (by * view.values).sum(2)]
+    return [n.sum(2), *moments, (n * place).sum(2)]
 
 
 @pytest.mark.parametrize("settings", [
     {}, {"kmeans_iters": 3}, {"rope_mode": "derotate"}, {"rope_mode": "derotate", "kmeans_iters": 2},
-    {"count_bias": False},
+    {"count_bias": False}, {"importance": True}, {"importance": True, "kmeans_iters": 2, "exposure_fix": True},
 ], ids=str)  # fmt: skip
 def test_what_was_folded_is_conserved(settings):
-    """Over three folds: sum of n C is the sum of all rows ever folded, sum of n their number."""
+    """Over three folds: sum of n C is the sum of all rows ever folded, sum of n their number; of values, by importance
+    where that is asked for."""
     method = options("aagc", sink=2, window=3, budget=30, lookback_window=8, num_clusters=6, recent_size=5, **settings)
     layer, expected = CompressedLayer(), 0.0
     for step in range(3):
@@ -112,13 +226,15 @@ def test_what_was_folded_is_conserved(settings):
         taken = (free & ~gone)[..., None]
         rows = (view.unrotate(view.keys), view.keys, view.values, view.positions.double()[..., None])
         sums = [taken.double().sum((2, 3)), *((taken * x).sum(2) for x in rows)]
+        if method.importance:
+            sums[3] = (taken * importance[..., None] * view.values).sum(2)
         expected = [a + b for a, b in zip(expected or [0.0] * 5, sums, strict=True)]
         layer.carry_out(method.carry_out(view, gone), view)
         found = bank_of(layer)
         assert torch.equal(found[0], expected[0])
         keys = 1 if "rope_mode" in settings else 2
         assert_close("keys", expected[keys], found[keys], 1e-6)
-        assert_close("values", expected[3], found[3], 1e-12)
+        assert_close("values", expected[3], found[3], 1e-6 if method.importance else 1e-12)
         assert_close("positions", expected[4][..., 0], found[4], 1e-6)
         n = layer.view(rope(), 0.25).cardinality
         assert bool((n == 1).all()) == (settings == {"count_bias": False})
@@ -181,20 +297,25 @@ def test_seeds_are_distinct_rows():
     assert far[0, 0].tolist() == [False, False, True, True, False]
 
 
-def test_score_is_the_attention_of_the_last_queries():
-    """By hand: softmax over rows with log n, causal, the last 3 of 5 queries, summed over a group's heads."""
+@pytest.mark.parametrize("exposure_fix", [False, True])
+def test_score_is_the_attention_of_the_last_queries(exposure_fix):
+    """By hand: softmax over rows with log n, causal, the last 3 of 5 queries, summed over a group's heads; divided by
+    the 3, 2 or 1 of them that could see a row."""
     _, view = make_view(9, 2, n=[4, 1, 1, 2, 1, 1, 1, 1, 1])
     view.queries, view.query_positions = torch.randn(1, 4, 5, DIM, dtype=torch.float64), torch.arange(4, 9)[None]
-    found = options("aagc", budget=20, lookback_window=3).score(view)
+    found = options("aagc", budget=20, lookback_window=3, exposure_fix=exposure_fix).score(view)
     logits = torch.einsum("hgqd,htd->hgqt", view.queries.view(2, 2, 5, DIM), view.keys[0]) * 0.25
     logits = logits + view.cardinality[0, :, None, None].double().log()
     later = view.positions[0, 0] > view.query_positions[0][:, None]
     expected = logits.masked_fill(later, -torch.inf).softmax(-1)[:, :, 2:].sum((1, 2))
+    if exposure_fix:
+        expected = expected / torch.tensor([3, 3, 3, 3, 3, 3, 3, 2, 1])
     assert_close("score", expected, found[0], 1e-6)
 
 
 # -- through a model -----------------------------------------------------------------------------------------------
 SMALL = {"method": "aagc", "budget": 40, "pruning_interval": 16, "lookback_window": 12, "window_size": 4}
+OPTIONAL = {"evict_centroids": True, "exposure_fix": True, "importance": True}
 SEED = {**SMALL, "seed_compat": True, "num_clusters": 9, "window_size": 0, "kmeans_learning_rate": 0.2}
 
 
@@ -208,15 +329,19 @@ def fed(model, ids, *ends):
 
 
 @pytest.mark.parametrize("settings", [
-    SMALL, {**SMALL, "score_scope": "global"}, {**SMALL, "rope_mode": "derotate"}, SEED,
-], ids=["kv_head", "global", "derotate", "seed"])  # fmt: skip
+    SMALL, {**SMALL, "score_scope": "global"}, {**SMALL, "rope_mode": "derotate"},
+    {**SMALL, **OPTIONAL}, SEED,
+], ids=["kv_head", "global", "derotate", "options", "seed"])  # fmt: skip
 def test_token_by_token_equals_chunks(settings):
-    """Decode compacts every P tokens by the last Delta queries, as chunks of P do."""
+    """Decode compacts every P tokens by the last Delta queries, as chunks of P do.
+
+    Importance is as exact as log n, which is stored in fp32; so are values that are weighed by it.
+    """
     model, ids = tiny_model(dtype=torch.float64), prompt(96)
     with asymkv.replace("llama", model=model, **settings):
         chunks, tokens = fed(model, ids, 96), fed(model, ids, 32, *range(33, 97))
     assert chunks.compactions > 1 and chunks.stats()["rows"] == tokens.stats()["rows"]
-    assert_same_rows(chunks, tokens, rtol=1e-9)
+    assert_same_rows(chunks, tokens, rtol=1e-6 if settings.get("importance") else 1e-9)
 
 
 def test_common_scopes_keep_common_rows():
@@ -243,9 +368,10 @@ def test_bytes_and_rows_are_bounded_and_runs_repeat():
     assert first.layers[0].storage.columns[FOLDED].dtype == torch.float32
 
 
-def test_centroids_survive_saving_and_go_on(tmp_path):
+@pytest.mark.parametrize("settings", [SMALL, {**SMALL, **OPTIONAL}], ids=["plain", "options"])
+def test_centroids_survive_saving_and_go_on(tmp_path, settings):
     model, ids = tiny_model(), prompt(150)
-    with asymkv.replace("llama", model=model, **SMALL):
+    with asymkv.replace("llama", model=model, **settings):
         cache = fed(model, ids, 100, *range(101, 105))
         cache.save(tmp_path)
         loaded = asymkv.CompressedCache.load(tmp_path, model)
@@ -304,6 +430,8 @@ def test_public_rule_moves_random_rows_by_eta(eta):
     ({"score_scope": "layer", "head_budgets": "adaptive"}, "head_budgets must be 'pooled', found 'adaptive'"),
     ({"score_scope": "global", "layer_budgets": "pyramid"}, "layer_budgets must be 'pooled', found 'pyramid'"),
     ({"seed_compat": True, "sink_size": 4}, "seed_compat=True.*'sink_size': 0.*found .*'sink_size': 4"),
+    ({"evict_centroids": "yes"}, "evict_centroids must be True or False; found 'yes'"),
+    ({"seed_compat": True, "importance": True}, "seed_compat=True.*'importance': False.*found .*'importance': True"),
     ({"seed_compat": True, "rope_mode": "derotate"}, "seed_compat=True.*found .*'derotate'"),
 ], ids=str)  # fmt: skip
 def test_bad_settings_are_named(settings, message):
