@@ -289,7 +289,9 @@ class AAGC(Method):
         total = points.spread(points.total(amount))
         if self._keeps_worth:
             view.statistics[WORTH] = points.put(column, total, points.slots())
-        return self._weights(points, bank, torch.where(total > 0, amount, tokens))
+        # A share of its centroid's, since attention itself may be too small for products in fp32.
+        share = amount / torch.where(total > 0, total, 1)
+        return self._weights(points, bank, torch.where(total > 0, share, tokens))
 
     def _weights(self, points: Clusters, bank: Tensor, amount: Tensor) -> Tensor:
         """``[B, H_kv, E]`` fp64: weight of each point in the mean of its centroid, from its ``amount [B, H_kv, E]``."""
