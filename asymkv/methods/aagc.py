@@ -15,9 +15,9 @@ from asymkv.budgets import PooledHeads, PooledLayers
 from asymkv.checks import check_choice, check_flag, check_integer, check_number
 from asymkv.methods import aagc_seed
 from asymkv.methods.base import Method
-from asymkv.methods.clustering import FOLDED, Clusters, farthest_seeds, folded_of, spread_seeds
+from asymkv.methods.clustering import FOLDED, WORTH, Clusters, farthest_seeds, folded_of, spread_seeds, worth_of
 from asymkv.methods.merging import take, wide
-from asymkv.observations import attention_mass, newest
+from asymkv.observations import attention_mass, exposure, newest
 from asymkv.plan import CompactionPlan, keep_rows
 from asymkv.view import RowView
 
@@ -38,8 +38,10 @@ class AAGC(Method):
     Every ``pruning_interval`` own tokens, and at the end of a prompt, if a head holds more rows than its budget: the
     rows that the last ``lookback_window`` queries attend to least are dropped, and those that stay, but for sinks and
     the newest rows, join the nearest of ``num_clusters`` centroids (squared distance of keys; values follow). A head
-    then holds sinks, centroids and recent rows, and fills up to the budget again. Centroids are never dropped. A
-    centroid is a row at the position of its newest member, and counts in attention as the tokens that it stands for.
+    then holds sinks, centroids and recent rows, and fills up to the budget again. Centroids are dropped only under
+    ``evict_centroids``. A centroid is a row at the position of its newest member, and counts in attention as the tokens
+    that it stands for. That log n under-estimates a centroid's mass wherever its keys differ; the second-order
+    correction depends on the query, needs an attention that no kernel here has, and is left out.
 
     Means are computed in fp32 (fp64 for fp64) and stored in the cache's dtype: attention reads them there beside exact
     rows, and a second bank in fp32 would cost as much again as the centroids. In bf16 a centroid of n tokens therefore
@@ -61,6 +63,12 @@ class AAGC(Method):
         count_bias: a centroid counts as its tokens (log n in attention); False: as one.
         rope_mode: "post" clusters keys as they are stored; "derotate" before RoPE, a centroid's key then being turned
             to the mean position of its tokens.
+        evict_centroids: before each fold, gives up the centroids whose attention per token is below that of every row
+            that their head is about to fold; the slots are refilled at once by the rows farthest from the bank.
+            Whatever ``score_scope``, a head asks its own queries: centroids are its own.
+        exposure_fix: divides the attention of a row by the number of judging queries that could see it.
+        importance: values are means by importance, the attention when a row was folded, instead of by tokens; keys and
+            counts are as without. Under "ema", r stays the number of rows, and importance weighs the mean of these.
         seed_compat: the public code's rule: one score for all heads and layers, nothing protected, the whole cache
             replaced by K centroids that a layer's heads share, moved by eta from random rows, counts unused.
         seed: of those random rows.
@@ -78,6 +86,9 @@ class AAGC(Method):
     kmeans_iters: int = 1
     count_bias: bool = True
     rope_mode: str = "post"
+    evict_centroids: bool = False
+    exposure_fix: bool = False
+    importance: bool = False
     seed_compat: bool = False
     seed: int = 0
 
@@ -120,8 +131,8 @@ class AAGC(Method):
                 check_integer(name, getattr(self, name), least)
         check_integer("seed", self.seed, 0)
         check_number("kmeans_learning_rate", self.kmeans_learning_rate, 0, 1)
-        check_flag("count_bias", self.count_bias)
-        check_flag("seed_compat", self.seed_compat)
+        for name in ("count_bias", "evict_centroids", "exposure_fix", "importance", "seed_compat"):
+            check_flag(name, getattr(self, name))
         self._check_together(config)
         if isinstance(config.budget, int):
             self._check_room(torch.tensor([[config.budget]]))
@@ -147,8 +158,13 @@ class AAGC(Method):
             aagc_seed.check(self, config)
 
     def row_bytes(self, head_dim: int, dtype: torch.dtype, config: CompressionConfig) -> int:
-        """The column of a row's folded tokens: two fp32 numbers."""
-        return 8
+        """The column of a row's folded tokens, two fp32 numbers, and that of its importance, one."""
+        return 12 if self._keeps_worth else 8
+
+    @property
+    def _keeps_worth(self) -> bool:
+        """Whether centroids remember the importance folded into them; an ema forgets it."""
+        return self.importance and self.kmeans_update == "mean"
 
     # -- sizes -------------------------------------------------------------------------------------------------------
     def sizes(self, budget: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,8 +189,13 @@ class AAGC(Method):
 
     # -- decision ----------------------------------------------------------------------------------------------------
     def score(self, view: RowView) -> Tensor:
-        """Attention of the last queries that each row received, summed over them and the heads of the group."""
-        return attention_mass(newest(view, self.lookback_window))
+        """Attention of the last queries that each row received, summed over them and the heads of the group.
+
+        With ``exposure_fix``, the sum over the heads of its mean over the queries that could see the row.
+        """
+        seen = newest(view, self.lookback_window)
+        mass = attention_mass(seen)
+        return mass / exposure(seen) if self.exposure_fix else mass
 
     @torch.no_grad()
     def judge(self, view: RowView) -> tuple[Tensor, Tensor]:
@@ -202,7 +223,19 @@ class AAGC(Method):
         taken = self._free(view) & ~chosen & acting
         if not bool(taken.any()):
             return keep_rows(~chosen & view.valid)
-        return keep_rows(~chosen & view.valid & ~self._fold(view, taken, bank, clusters))
+        forgotten = self._forgotten(view, taken, bank)
+        gone = self._fold(view, taken, bank & ~forgotten, clusters)
+        return keep_rows(~chosen & view.valid & ~forgotten & ~gone)
+
+    def _forgotten(self, view: RowView, taken: Tensor, bank: Tensor) -> Tensor:
+        """``[B, H_kv, T]`` bool: centroids that are given up, by their importance per token."""
+        if not self.evict_centroids:
+            return torch.zeros_like(bank)
+        importance = view.evidence["importance"]
+        least = torch.where(taken, importance, torch.inf).amin(-1, keepdim=True)
+        each = importance / folded_of(view)[..., 0].clamp(min=1)
+        # A head that keeps nothing has nothing to compare its centroids with, nor to refill their slots.
+        return bank & (each < least) & taken.any(-1, keepdim=True)
 
     def _fold(self, view: RowView, taken: Tensor, bank: Tensor, clusters: Tensor) -> Tensor:
         """Folds the ``taken`` rows into the ``bank``, both ``[B, H_kv, T]`` bool; the rows that are gone by that."""
@@ -215,6 +248,7 @@ class AAGC(Method):
         points = Clusters.of(keys.detach(), taken | bank, seeds | bank, folded[..., 0], self.kmeans_iters)
         tokens = folded[..., 0].gather(2, points.index)
         weight = self._weights(points, bank, tokens).to(keys.dtype)
+        worth = weight if not self.importance else self._worth(view, points, bank, tokens).to(keys.dtype)
         slot = points.slots()
         merged = slot & (points.spread(points.total(torch.ones_like(points.index))) > 1)  # others keep their bits
         total = points.total(tokens)
@@ -223,7 +257,7 @@ class AAGC(Method):
         key = points.spread(points.means(take(keys, points.index), weight))
         if turn is not None:
             key = view.rope.rotate(key, points.spread(mean)[..., 0].round().long())
-        value = points.spread(points.means(take(wide(view.values), points.index), weight))
+        value = points.spread(points.means(take(wide(view.values), points.index), worth))
         view.keys = points.put(view.keys, key, merged)
         view.values = points.put(view.values, value, merged)
         column = points.spread(torch.cat([total[..., None], mean], dim=-1))
@@ -245,14 +279,27 @@ class AAGC(Method):
             return first & ~known[..., None]
         return torch.where(known[..., None], farthest_seeds(keys, taken, bank, short), first)
 
-    def _weights(self, points: Clusters, bank: Tensor, tokens: Tensor) -> Tensor:
-        """``[B, H_kv, E]`` fp64: weight of each point in the mean of its centroid."""
+    def _worth(self, view: RowView, points: Clusters, bank: Tensor, tokens: Tensor) -> Tensor:
+        """``[B, H_kv, E]`` fp64: weight of each point's value in the mean of its centroid, by importance.
+
+        Tokens decide where no point of a centroid has any. Adds up what is folded in the column ``WORTH``.
+        """
+        column = worth_of(view)
+        amount = torch.where(bank, column, view.evidence["importance"]).double().gather(2, points.index)
+        total = points.spread(points.total(amount))
+        if self._keeps_worth:
+            view.statistics[WORTH] = points.put(column, total, points.slots())
+        # A share of its centroid's, since attention itself may be too small for products in fp32.
+        share = amount / torch.where(total > 0, total, 1)
+        return self._weights(points, bank, torch.where(total > 0, share, tokens))
+
+    def _weights(self, points: Clusters, bank: Tensor, amount: Tensor) -> Tensor:
+        """``[B, H_kv, E]`` fp64: weight of each point in the mean of its centroid, from its ``amount [B, H_kv, E]``."""
         if self.kmeans_update == "mean":
-            return tokens
+            return amount
         old = bank.gather(2, points.index) & points.present
         new = (points.present & ~old).double()
-        count = points.total(new)
-        share = 1 - (1 - self.kmeans_learning_rate) ** count
+        share = points.spread(1 - (1 - self.kmeans_learning_rate) ** points.total(new))
+        fresh = points.spread(points.total(new * amount))
         led = points.spread(points.total(old.double())) > 0
-        share, count = points.spread(share), points.spread(count).clamp(min=1)
-        return torch.where(led, torch.where(old, 1 - share, share / count), 1.0)
+        return torch.where(led, torch.where(old, 1 - share, share * amount / torch.where(fresh > 0, fresh, 1)), amount)

@@ -29,6 +29,8 @@ def check(method: AAGC, config: CompressionConfig) -> None:
     found = {"sink_size": config.sink_size, "window_size": config.window_size, "position_policy": config.positions}
     wanted |= {"rope_mode": "post", "kmeans_iters": 1}
     found |= {"rope_mode": method.rope_mode, "kmeans_iters": method.kmeans_iters}
+    for name in ("evict_centroids", "exposure_fix", "importance"):
+        wanted[name], found[name] = False, getattr(method, name)
     other = {name: value for name, value in found.items() if value != wanted[name]}
     if method.recent_size:
         other["recent_size"], wanted["recent_size"] = method.recent_size, None

@@ -13,6 +13,8 @@ from asymkv.view import RowView, lowest
 
 # Column of every row: tokens folded into it (0 = an exact token), and their mean position.
 FOLDED = "folded"
+# Column of every row: importance folded into it.
+WORTH = "worth"
 
 
 def spread_seeds(importance: Tensor, rows: Tensor, count: Tensor) -> Tensor:
@@ -135,3 +137,9 @@ def folded_of(view: RowView) -> Tensor:
     """``[B, H_kv, T, 2]`` fp32: the column of folded tokens and their mean position; zeros before there is one."""
     found = view.statistics.get(FOLDED)
     return found if found is not None else torch.zeros(*view.valid.shape, 2, device=view.valid.device)
+
+
+def worth_of(view: RowView) -> Tensor:
+    """``[B, H_kv, T]`` fp32: the column of folded importance; zeros before there is one."""
+    found = view.statistics.get(WORTH)
+    return found if found is not None else torch.zeros(view.valid.shape, device=view.valid.device)

@@ -22,6 +22,7 @@ VARIANTS = {
     "aagc_derotate": {**AAGC, "rope_mode": "derotate", "kmeans_iters": 2},
     "aagc_global": {**AAGC, "score_scope": "global"},
     "aagc_layer": {**AAGC, "score_scope": "layer"},
+    "aagc_options": {**AAGC, "evict_centroids": True, "exposure_fix": True, "importance": True},
     "aagc_seed": {**AAGC, "seed_compat": True, "num_clusters": 12},
     "asymkv_adaptive": {"method": "asymkv", "head_budgets": "adaptive"},
     "h2o_global": {"method": "h2o", "layer_budgets": "global"},

@@ -27,6 +27,7 @@ EXTRA = {
     "aagc_ema": {"method": "aagc", "kmeans_update": "ema", "count_bias": False, "kmeans_learning_rate": 0.3},
     "aagc_global": {"method": "aagc", "score_scope": "global"},
     "aagc_layer": {"method": "aagc", "score_scope": "layer"},
+    "aagc_options": {"method": "aagc", "evict_centroids": True, "exposure_fix": True, "importance": True},
     "asymkv_error": {"method": "asymkv", "key_weights": "output_error", "pair_rule": "output_error"},
     "asymkv_global": {"method": "asymkv", "layer_budgets": "global"},
     "asymkv_symmetric_attention": {"method": "asymkv_symmetric", "key_weights": "attention"},

@@ -4,37 +4,15 @@ import math
 
 import pytest
 import torch
+from aagc_rows import axis, folded
 from merging_views import DIM, make_view, options, rope
 from tiny_models import assert_close, assert_same_rows, prompt, tiny_model
 
 import asymkv
 from asymkv.layer import CompressedLayer
 from asymkv.methods import aagc_seed
-from asymkv.methods.clustering import FOLDED, Clusters, farthest_seeds, spread_seeds
+from asymkv.methods.clustering import FOLDED, WORTH, Clusters, farthest_seeds, spread_seeds
 from asymkv.ops.reference import lma_attention
-from asymkv.plan import execute
-
-
-def axis(*numbers):
-    """``[1, 1, T, D]``: rows along the first axis."""
-    out = torch.zeros(1, 1, len(numbers), DIM, dtype=torch.float64)
-    out[0, 0, :, 0] = torch.tensor(numbers, dtype=torch.float64)
-    return out
-
-
-def folded(keys, values, drop, *, bank=(), budget=None, **settings):
-    """Storage of one head after row ``drop`` has gone and the rest but the newest was folded; ``bank``: rows that are
-    centroids of one token already."""
-    rows = keys.shape[2]
-    layer, view = make_view(rows, keys.shape[1], keys=keys, values=values, budget=budget or rows - 1)
-    if bank:
-        view.statistics[FOLDED] = torch.zeros(*view.valid.shape, 2)
-        view.statistics[FOLDED][:, :, list(bank)] = torch.tensor([1.0, 0.0])
-    view.evidence["importance"] = torch.ones(view.valid.shape)
-    chosen = torch.zeros_like(view.valid)
-    chosen[..., drop] = True
-    method = options("aagc", budget=100, window=0, recent_size=1, **{"num_clusters": 1, **settings})
-    return execute(method.carry_out(view, chosen), view, layer.storage, "original")
 
 
 def attention(storage, query):
@@ -88,15 +66,18 @@ def bank_of(layer):
     n, place = view.statistics[FOLDED].double().unbind(-1)
     weight = n[..., None]
     turned = rope().rotate(view.keys, -place.round().long())
-    return [n.sum(2), *((weight * x).sum(2) for x in (turned, view.keys, view.values)), (n * place).sum(2)]
+    by = view.statistics[WORTH].double()[..., None] if WORTH in view.statistics else weight
+    moments = [(weight * turned).sum(2), (weight * view.keys).sum(2), (by * view.values).sum(2)]
+    return [n.sum(2), *moments, (n * place).sum(2)]
 
 
 @pytest.mark.parametrize("settings", [
     {}, {"kmeans_iters": 3}, {"rope_mode": "derotate"}, {"rope_mode": "derotate", "kmeans_iters": 2},
-    {"count_bias": False},
+    {"count_bias": False}, {"importance": True}, {"importance": True, "kmeans_iters": 2, "exposure_fix": True},
 ], ids=str)  # fmt: skip
 def test_what_was_folded_is_conserved(settings):
-    """Over three folds: sum of n C is the sum of all rows ever folded, sum of n their number."""
+    """Over three folds: sum of n C is the sum of all rows ever folded, sum of n their number; of values, by importance
+    where that is asked for."""
     method = options("aagc", sink=2, window=3, budget=30, lookback_window=8, num_clusters=6, recent_size=5, **settings)
     layer, expected = CompressedLayer(), 0.0
     for step in range(3):
@@ -112,13 +93,15 @@ def test_what_was_folded_is_conserved(settings):
         taken = (free & ~gone)[..., None]
         rows = (view.unrotate(view.keys), view.keys, view.values, view.positions.double()[..., None])
         sums = [taken.double().sum((2, 3)), *((taken * x).sum(2) for x in rows)]
+        if method.importance:
+            sums[3] = (taken * importance[..., None] * view.values).sum(2)
         expected = [a + b for a, b in zip(expected or [0.0] * 5, sums, strict=True)]
         layer.carry_out(method.carry_out(view, gone), view)
         found = bank_of(layer)
         assert torch.equal(found[0], expected[0])
         keys = 1 if "rope_mode" in settings else 2
         assert_close("keys", expected[keys], found[keys], 1e-6)
-        assert_close("values", expected[3], found[3], 1e-12)
+        assert_close("values", expected[3], found[3], 1e-6 if method.importance else 1e-12)
         assert_close("positions", expected[4][..., 0], found[4], 1e-6)
         n = layer.view(rope(), 0.25).cardinality
         assert bool((n == 1).all()) == (settings == {"count_bias": False})
@@ -181,20 +164,25 @@ def test_seeds_are_distinct_rows():
     assert far[0, 0].tolist() == [False, False, True, True, False]
 
 
-def test_score_is_the_attention_of_the_last_queries():
-    """By hand: softmax over rows with log n, causal, the last 3 of 5 queries, summed over a group's heads."""
+@pytest.mark.parametrize("exposure_fix", [False, True])
+def test_score_is_the_attention_of_the_last_queries(exposure_fix):
+    """By hand: softmax over rows with log n, causal, the last 3 of 5 queries, summed over a group's heads; divided by
+    the 3, 2 or 1 of them that could see a row."""
     _, view = make_view(9, 2, n=[4, 1, 1, 2, 1, 1, 1, 1, 1])
     view.queries, view.query_positions = torch.randn(1, 4, 5, DIM, dtype=torch.float64), torch.arange(4, 9)[None]
-    found = options("aagc", budget=20, lookback_window=3).score(view)
+    found = options("aagc", budget=20, lookback_window=3, exposure_fix=exposure_fix).score(view)
     logits = torch.einsum("hgqd,htd->hgqt", view.queries.view(2, 2, 5, DIM), view.keys[0]) * 0.25
     logits = logits + view.cardinality[0, :, None, None].double().log()
     later = view.positions[0, 0] > view.query_positions[0][:, None]
     expected = logits.masked_fill(later, -torch.inf).softmax(-1)[:, :, 2:].sum((1, 2))
+    if exposure_fix:
+        expected = expected / torch.tensor([3, 3, 3, 3, 3, 3, 3, 2, 1])
     assert_close("score", expected, found[0], 1e-6)
 
 
 # -- through a model -----------------------------------------------------------------------------------------------
 SMALL = {"method": "aagc", "budget": 40, "pruning_interval": 16, "lookback_window": 12, "window_size": 4}
+OPTIONAL = {"evict_centroids": True, "exposure_fix": True, "importance": True}
 SEED = {**SMALL, "seed_compat": True, "num_clusters": 9, "window_size": 0, "kmeans_learning_rate": 0.2}
 
 
@@ -208,15 +196,19 @@ def fed(model, ids, *ends):
 
 
 @pytest.mark.parametrize("settings", [
-    SMALL, {**SMALL, "score_scope": "global"}, {**SMALL, "rope_mode": "derotate"}, SEED,
-], ids=["kv_head", "global", "derotate", "seed"])  # fmt: skip
+    SMALL, {**SMALL, "score_scope": "global"}, {**SMALL, "rope_mode": "derotate"},
+    {**SMALL, **OPTIONAL}, SEED,
+], ids=["kv_head", "global", "derotate", "options", "seed"])  # fmt: skip
 def test_token_by_token_equals_chunks(settings):
-    """Decode compacts every P tokens by the last Delta queries, as chunks of P do."""
+    """Decode compacts every P tokens by the last Delta queries, as chunks of P do.
+
+    Importance is as exact as log n, which is stored in fp32; so are values that are weighed by it.
+    """
     model, ids = tiny_model(dtype=torch.float64), prompt(96)
     with asymkv.replace("llama", model=model, **settings):
         chunks, tokens = fed(model, ids, 96), fed(model, ids, 32, *range(33, 97))
     assert chunks.compactions > 1 and chunks.stats()["rows"] == tokens.stats()["rows"]
-    assert_same_rows(chunks, tokens, rtol=1e-9)
+    assert_same_rows(chunks, tokens, rtol=1e-6 if settings.get("importance") else 1e-9)
 
 
 def test_common_scopes_keep_common_rows():
@@ -243,9 +235,10 @@ def test_bytes_and_rows_are_bounded_and_runs_repeat():
     assert first.layers[0].storage.columns[FOLDED].dtype == torch.float32
 
 
-def test_centroids_survive_saving_and_go_on(tmp_path):
+@pytest.mark.parametrize("settings", [SMALL, {**SMALL, **OPTIONAL}], ids=["plain", "options"])
+def test_centroids_survive_saving_and_go_on(tmp_path, settings):
     model, ids = tiny_model(), prompt(150)
-    with asymkv.replace("llama", model=model, **SMALL):
+    with asymkv.replace("llama", model=model, **settings):
         cache = fed(model, ids, 100, *range(101, 105))
         cache.save(tmp_path)
         loaded = asymkv.CompressedCache.load(tmp_path, model)
@@ -304,6 +297,8 @@ def test_public_rule_moves_random_rows_by_eta(eta):
     ({"score_scope": "layer", "head_budgets": "adaptive"}, "head_budgets must be 'pooled', found 'adaptive'"),
     ({"score_scope": "global", "layer_budgets": "pyramid"}, "layer_budgets must be 'pooled', found 'pyramid'"),
     ({"seed_compat": True, "sink_size": 4}, "seed_compat=True.*'sink_size': 0.*found .*'sink_size': 4"),
+    ({"evict_centroids": "yes"}, "evict_centroids must be True or False; found 'yes'"),
+    ({"seed_compat": True, "importance": True}, "seed_compat=True.*'importance': False.*found .*'importance': True"),
     ({"seed_compat": True, "rope_mode": "derotate"}, "seed_compat=True.*found .*'derotate'"),
 ], ids=str)  # fmt: skip
 def test_bad_settings_are_named(settings, message):

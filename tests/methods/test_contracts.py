@@ -36,7 +36,7 @@ CELLS = LAYERS * HEADS
 ROWS = {
     # What is kept is folded at once, and the head fills up again.
     **dict.fromkeys(["aagc", "aagc_derotate", "aagc_ema", "aagc_global", "aagc_layer"], (BUDGET * CELLS, 0)),
-    "aagc_seed": (BUDGET * CELLS, 0),
+    **dict.fromkeys(["aagc_options", "aagc_seed"], (BUDGET * CELLS, 0)),
     "asymkv_upstream": (0, 32 * CELLS),  # the last chunk stays whole
     "duo_attention_paper": None,  # published shares
     "razor_paper": None,
@@ -55,8 +55,8 @@ COUNTS_ALL = {"asymkv", "asymkv_zack", "asymkv_adaptive", "asymkv_paper", "asymk
               "echo_mean", "echo_post", "kvmerger_counts", "razor", "razor_paper", "value_merge_counts",
               "full"}  # fmt: skip
 # A cardinality counts tokens, and some tokens are dropped with theirs.
-COUNTS_SOME = {"aagc", "aagc_derotate", "aagc_global", "aagc_layer", "asymkv_upstream", "cam_counts", "d2o_counts",
-               "echo_both", "echo_error"}  # fmt: skip
+COUNTS_SOME = {"aagc", "aagc_derotate", "aagc_global", "aagc_layer", "aagc_options", "asymkv_upstream", "cam_counts",
+               "d2o_counts", "echo_both", "echo_error"}  # fmt: skip
 
 
 @functools.cache
