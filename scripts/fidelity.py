@@ -39,7 +39,17 @@ from asymkv.longbench.measure import Protocol, Subject
 from asymkv.longbench.press_arms import PressArm, PressError
 from asymkv.longbench.records import RecordFolder, Shard
 from asymkv.longbench.retention import PROTOCOLS
-from asymkv.longbench.sample import STANDING_TASKS, Sample, load_sample, pick_sample, select_standing_sample
+from asymkv.longbench.sample import (
+    HALVES,
+    MAX_PROMPT_TOKENS,
+    ROWS_PER_TASK,
+    STANDING_TASKS,
+    Sample,
+    load_sample,
+    pick_sample,
+    read_sample,
+    select_standing_sample,
+)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -69,6 +79,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     # other things to do
     add("--report-only", action="store_true", help="rebuild tables and figure from the folder's records")
     add("--write-sample", type=Path, metavar="FILE", help="choose a standing sample from --data-dir")
+    add("--half", choices=HALVES, help="of --write-sample: contexts of one half; --sample's rows count as reported")
+    add("--rows-per-task", type=int, default=ROWS_PER_TASK, help="of --write-sample")
     add(peers.WORKER_FLAG, action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.out is None and args.write_sample is None:
@@ -86,7 +98,13 @@ def write_sample(args: argparse.Namespace, spec: models.ModelSpec) -> None:
     def count_tokens(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    table = {"tokenizer": spec.name, **select_standing_sample(args.data_dir, count_tokens, tasks=tasks)}
+    longest = args.max_length or MAX_PROMPT_TOKENS
+    reported = read_sample(args.sample).tasks.values() if args.sample else ()
+    table = select_standing_sample(
+        args.data_dir, count_tokens, tasks=tasks, rows_per_task=args.rows_per_task, max_prompt_tokens=longest,
+        half=args.half, reported={row_id for ids in reported for row_id in ids},
+    )  # fmt: skip
+    table = {"tokenizer": spec.name, **table}
     write_atomic(args.write_sample, json.dumps(table, indent=2) + "\n")
 
 

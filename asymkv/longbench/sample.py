@@ -1,17 +1,19 @@
 """The standing sample: a few rows of a few tasks, named by id, on which every arm is measured.
 
 The sample is a file of ids with a digest; the rows themselves stay where they are (``load_sample`` looks them up).
+Contexts are dealt into two halves, so that nothing is tuned on what is reported (:func:`half_of`).
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from asymkv.files import sha256
 from asymkv.longbench import suites
 from asymkv.longbench.data import Row, embedded_tasks, ids_sha256, load_rows
 from asymkv.longbench.suites import Reader
@@ -19,6 +21,7 @@ from asymkv.longbench.suites import Reader
 STANDING_TASKS = ("needle", "trec", "qasper", "qmsum", "gov_report", "multi_news", "lcc")
 MAX_PROMPT_TOKENS = 3300
 ROWS_PER_TASK = 6
+TUNE, REPORT = HALVES = ("tune", "report")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ def select_standing_sample(
     tasks: Sequence[str] = STANDING_TASKS,
     rows_per_task: int = ROWS_PER_TASK,
     max_prompt_tokens: int = MAX_PROMPT_TOKENS,
+    half: str | None = None,
+    reported: Collection[str] = (),
 ) -> dict[str, Any]:
     """Chooses rows by rule, so that anybody with the same files gets the same ids.
 
@@ -60,13 +65,18 @@ def select_standing_sample(
         tasks: the tasks, in the file's order.
         rows_per_task: rows of each.
         max_prompt_tokens: longest prompt when the sample is run.
+        half: only contexts of this half of the data, "tune" or "report"; None = all.
+        reported: ids of rows whose contexts belong to the report half whatever the rule says.
 
     Returns:
         The content of a sample file: limits, ids by task, and their sha256.
     """
     chosen = {}
     for task in tasks:
-        sized = [(count_tokens(row["context"]), row) for row in _one_per_context(load_rows(task, data_dir=data_dir))]
+        rows = load_rows(task, data_dir=data_dir)
+        fixed = {row["context"] for row in rows if row["_id"] in reported}
+        wanted = [row for row in rows if half in (None, half_of(row["context"], fixed))]
+        sized = [(count_tokens(row["context"]), row) for row in _one_per_context(wanted)]
         sized.sort(key=lambda pair: (pair[0], pair[1]["_id"]))
         if len(sized) < rows_per_task:
             raise ValueError(f"{task} has {len(sized)} different contexts, {rows_per_task} rows are wanted")
@@ -74,6 +84,11 @@ def select_standing_sample(
         pool = fitting if len(fitting) >= rows_per_task else sized[:rows_per_task]
         chosen[task] = [row["_id"] for row in _spread([row for _, row in pool], rows_per_task)]
     return {"max_prompt_tokens": max_prompt_tokens, "sha256": sample_sha256(chosen), "tasks": chosen}
+
+
+def half_of(context: str, reported: Collection[str] = ()) -> str:
+    """The half that a context belongs to: "report" for those that are reported already, else by its sha256."""
+    return TUNE if context not in reported and int(sha256(context.encode())[:8], 16) % 2 else REPORT
 
 
 def _one_per_context(rows: Sequence[Row]) -> list[Row]:
