@@ -12,6 +12,7 @@ from asymkv.methods.d2o import D2O
 from asymkv.methods.duo_attention import DuoAttention
 from asymkv.methods.expected_attention import ExpectedAttention
 from asymkv.methods.full import Full
+from asymkv.methods.gate import GateMethod
 from asymkv.methods.h2o import H2O
 from asymkv.methods.headkv import HeadKV
 from asymkv.methods.keys import KeyDiff, Knorm
@@ -39,6 +40,7 @@ METHODS: dict[str, type[Method]] = {
     "dynamic_kv": DynamicKV,
     "expected_attention": ExpectedAttention,
     "full": Full,
+    "gate": GateMethod,
     "h2o": H2O,
     "headkv": HeadKV,
     "keydiff": KeyDiff,
