@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from asymkv.compress import compress
 from asymkv.files import replace_file, sha256, write_atomic
-from asymkv.head_scores import model_of
+from asymkv.head_scores import check_model, model_of
 from asymkv.longbench.data import load_rows
 from asymkv.longbench.sample import half_of
 
@@ -145,6 +145,19 @@ class Folder:
         differing = {k: (found[k], wanted[k]) for k in wanted if found[k] != wanted[k]}
         if differing:
             raise ValueError(f"{self.path} was collected otherwise; take another folder: (folder, given) {differing}")
+
+    def recipe_for(self, model: PreTrainedModel) -> dict[str, Any]:
+        """The recipe of a folder of this very model.
+
+        Raises:
+            ValueError: for a folder that holds no collection, or one of another model.
+        """
+        settings = self.settings()
+        differing = check_model(settings["model"], model_of(model))
+        if differing:
+            raise ValueError(f"{self.path} was collected for {settings['model'].get('name')!r}, not for "
+                             f"{model.config._name_or_path!r}: (folder, given) {differing}")
+        return settings["recipe"]
 
     def settings(self) -> dict[str, Any]:
         """Model and recipe of the folder.

@@ -203,7 +203,7 @@ def measure(weights: dict[str, Tensor], rows: Sequence[Rows], ratios: Sequence[f
         scores kept, over the best possible.
     """
     flat = {name: x.flatten(0, 1) for name, x in weights.items()}
-    out: dict[str, Any] = {"overlap": dict.fromkeys(map(str, ratios), 0.0), "mass": dict.fromkeys(map(str, ratios), 0.0)}
+    out: dict[str, Any] = {name: dict.fromkeys(map(str, ratios), 0.0) for name in ("overlap", "mass")}
     error = of_means = 0.0
     for each in rows:
         found, target = log_score(flat, each.x.float()), target_of(each.score)

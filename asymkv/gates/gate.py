@@ -30,12 +30,13 @@ SHAPES = {"mean": "F", "scale": "F", "weight_in": "FH", "bias_in": "H", "weight_
 
 
 def features(keys: Tensor, values: Tensor) -> Tensor:
-    """What a gate looks at: ``[..., 2 D]`` fp32 of ``keys [..., D]`` before RoPE and ``values [..., D]``."""
-    return torch.cat((keys.float(), values.float()), dim=-1)
+    """What a gate looks at: ``[..., 2 D]`` in fp32 or fp64 of ``keys [..., D]`` before RoPE and ``values [..., D]``."""
+    dtype = torch.promote_types(keys.dtype, torch.float32)
+    return torch.cat((keys.to(dtype), values.to(dtype)), dim=-1)
 
 
 def log_score(weights: Weights, x: Tensor) -> Tensor:
-    """Logarithm of the worth of rows: ``w_out . silu((x - mean) / scale @ w_in + b_in) + b_out``, in fp32.
+    """Logarithm of the worth of rows: ``w_out . silu((x - mean) / scale @ w_in + b_in) + b_out``.
 
     Args:
         weights: ``SHAPES`` behind the dimensions of the heads, ``[..., H_kv]``.
@@ -44,7 +45,7 @@ def log_score(weights: Weights, x: Tensor) -> Tensor:
     Returns:
         ``[..., H_kv, T]``.
     """
-    w = {name: each.to(x.device, torch.float32) for name, each in weights.items()}
+    w = {name: each.to(x) for name, each in weights.items()}
     hidden = (x - w["mean"][..., None, :]) / w["scale"][..., None, :] @ w["weight_in"] + w["bias_in"][..., None, :]
     return (F.silu(hidden) @ w["weight_out"][..., None])[..., 0] + w["bias_out"][..., None]
 
@@ -98,8 +99,8 @@ class Gate:
             The path.
         """
         target = default_path(self.model) if path is None else Path(path)
-        large = {"weight_in"}
-        stored = {n: x.to(torch.bfloat16 if n in large else torch.float32).contiguous() for n, x in self.weights.items()}
+        dtypes = {"weight_in": torch.bfloat16}
+        stored = {n: x.to(dtypes.get(n, torch.float32)).contiguous() for n, x in self.weights.items()}
         content = {"format": FORMAT, "model": self.model, "trained": self.trained}
         entry = json.dumps({**content, "sha256": _checksum(content, stored)})
         replace_file(target, lambda path: save_file(stored, path, {ENTRY: entry}))
@@ -133,13 +134,15 @@ def resolve(source: str | None, model: PreTrainedModel) -> Gate:
     """The gate of a model.
 
     Args:
-        source: its file; None: the user's own, else the shipped one.
+        source: its file, a folder of ``<first 16 digits of the weights' hash>.safetensors``, or None: the user's own,
+            else the shipped one.
         model: the model.
 
     Raises:
         ValueError: for a gate that is missing, damaged, of another model, or for rows of another size.
     """
     path = find(model) if source is None else Path(source)
+    path = path / default_path(model_of(model)).name if path.is_dir() else path
     gate = load(path, model)
     heads = model.config.num_attention_heads
     head_dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // heads

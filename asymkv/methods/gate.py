@@ -27,7 +27,8 @@ class GateMethod(Method):
     the prompt was cut into chunks. One threshold over all layers and heads decides head budgets too.
 
     Args:
-        file: the gate, from ``scripts/train_gate.py``; None = the one in the user's cache folder, else the shipped one.
+        file: the gate that ``scripts/train_gate.py`` wrote, or a folder of gates of several models; None = the one in
+            the user's cache folder, else the shipped one.
     """
 
     title: ClassVar[str] = "Gate trained on KVzip's scores (cf. Fast KVzip, arXiv 2601.17668)"
