@@ -96,8 +96,8 @@ def collect(args: argparse.Namespace, folder: Folder, model: PreTrainedModel, to
         folder.add(model, tokenizer, passage, recipe)
 
 
-def fit_gate(args: argparse.Namespace, model: PreTrainedModel) -> None:
-    """Stage 2."""
+def fit_gate(args: argparse.Namespace, model: PreTrainedModel, name: str) -> None:
+    """Stage 2; ``name`` is the model's, for the reader of the file."""
     folders = [Folder(path) for path in args.work]
     recipes = [folder.recipe_for(model) for folder in folders]
     train, held_out = split([file for folder in folders for file in folder.files()], args.held_out)
@@ -107,7 +107,7 @@ def fit_gate(args: argparse.Namespace, model: PreTrainedModel) -> None:
         weights, measured = fit(*rows, settings, progress=lambda step, found: show(bar, found))
     kinds = sorted({file.stem.rsplit("-", 1)[0] for file in train})
     trained = {**measured, "recipes": recipes, "kinds": kinds, "held_out_passages": [file.stem for file in held_out]}
-    path = Gate(weights, model_of(model), trained).save(args.out)
+    path = Gate(weights, {**model_of(model), "name": name}, trained).save(args.out)
     write_atomic(path.with_suffix(".json"), json.dumps(trained, indent=1) + "\n")
     print(f"gate: {path}, {path.stat().st_size} bytes")
 
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.stage != "fit":
             collect(args, Folder(args.work[0]), model, tokenizer)
         if args.stage != "collect":
-            fit_gate(args, model)
+            fit_gate(args, model, spec.name)
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on from what is in {args.work[0]}", file=sys.stderr)
         return 130

@@ -16,8 +16,8 @@ from asymkv.checks import check_integer, check_number
 from asymkv.files import sha256
 from asymkv.gates.gate import features, log_score
 
-# Scores below it are alike: no query of the reconstruction looks at such a row.
-LEAST_SCORE = 1e-6
+# Scores below it count as alike: no ratio keeps such rows, and how little they are worth is not worth learning.
+LEAST_SCORE = 1e-4
 # Rows that every method keeps as they are; their scores are far above the others'.
 SINKS = 4
 RATIOS = (0.5, 0.25, 0.1)
@@ -79,7 +79,8 @@ def read_rows(path: Path) -> Rows:
         raise ValueError(f"{path} is damaged ({error}); delete it, and the collection makes it again") from None
     use = found["positions"] >= SINKS
     x = features(found["keys"][:, :, use], found["values"][:, :, use]).bfloat16()
-    return Rows(path.stem, x.flatten(0, 1), found["scores"][:, :, use].flatten(0, 1), tuple(x.shape[:2]))
+    heads = (x.shape[0], x.shape[1])
+    return Rows(path.stem, x.flatten(0, 1), found["scores"][:, :, use].flatten(0, 1), heads)
 
 
 def split(files: Sequence[Path], held_out: int) -> tuple[list[Path], list[Path]]:
