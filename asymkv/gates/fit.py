@@ -16,8 +16,8 @@ from asymkv.checks import check_integer, check_number
 from asymkv.files import sha256
 from asymkv.gates.gate import features, log_score
 
-# Scores below it count as alike: no ratio keeps such rows, and how little they are worth is not worth learning.
-LEAST_SCORE = 1e-4
+# Scores below it (a quarter of all, in SmolLM2) count as alike: how little such rows are worth is not worth learning.
+LEAST_SCORE = 5e-4
 # Rows that every method keeps as they are; their scores are far above the others'.
 SINKS = 4
 RATIOS = (0.5, 0.25, 0.1)
@@ -84,16 +84,19 @@ def read_rows(path: Path) -> Rows:
 
 
 def split(files: Sequence[Path], held_out: int) -> tuple[list[Path], list[Path]]:
-    """Files to train on and those held out: one of ``held_out``, by the digests of their names.
+    """Files to train on and those held out: one passage of ``held_out``, by the digests of their names.
+
+    A passage that several folders hold is on one side only.
 
     Raises:
         ValueError: if there are too few for both.
     """
     check_integer("held_out", held_out, 2)
-    if len(files) < held_out:
-        raise ValueError(f"{len(files)} passages are too few to hold out one of {held_out}; collect more")
-    order = sorted(files, key=lambda path: sha256(path.stem.encode()))
-    return [f for i, f in enumerate(order) if i % held_out], order[::held_out]
+    names = sorted({path.stem for path in files}, key=lambda name: sha256(name.encode()))
+    if len(names) < held_out:
+        raise ValueError(f"{len(names)} passages are too few to hold out one of {held_out}; collect more")
+    measured = set(names[::held_out])
+    return [f for f in files if f.stem not in measured], [f for f in files if f.stem in measured]
 
 
 def target_of(score: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Gates: what they are fitted on, their files, and the rows that they keep."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import asymkv
 from asymkv import CompressedCache, CompressionConfig
 from asymkv.gates import collect, fit, gate
 from asymkv.head_scores import model_of
+from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
+from asymkv.paths import config_path
 from scripts.train_gate import main as train_gate
 
 SETTINGS = {"method": "gate", "file": GATES, "window_size": 8, "budget": 40}
@@ -211,6 +214,14 @@ def test_a_collection_holds_what_kvzip_says(model, tmp_path):
         fit.read_rows(path)
 
 
+def test_a_passage_is_trained_on_or_measured_on(tmp_path):
+    """Also where two folders hold it."""
+    files = [tmp_path / folder / f"p{i}.safetensors" for folder in "ab" for i in range(8)]
+    train, measured = fit.split(files, 4)
+    assert len(train) == 12 and len(measured) == 4
+    assert not {f.stem for f in train} & {f.stem for f in measured}
+
+
 def test_contexts_of_one_half_and_none_of_a_sample(tmp_path):
     rows = [{"_id": f"{i}", "context": f"text {i} " * 9, "input": "q", "answers": ["a"], "length": 9,
              "dataset": "qasper", "language": "en", "all_classes": None} for i in range(30)]  # fmt: skip
@@ -245,3 +256,19 @@ def test_the_script_trains_a_gate_that_the_method_takes(model, tmp_path, monkeyp
     text.write_text("w1 w2", encoding="utf-8")
     with pytest.raises(ValueError, match="text.txt has 2 tokens; a passage takes 100"):
         train_gate(given)
+
+
+@pytest.mark.smollm2
+def test_smollm2_has_a_gate_that_finds_what_kvzip_keeps():
+    """On a text that it was not trained on."""
+    spec = resolve_spec("smollm2")
+    smollm2, tokenizer = load_model(spec, dtype="bfloat16"), load_tokenizer(spec)
+    path = gate.find(smollm2)
+    assert path == config_path("gates/smollm2.safetensors") and path.stat().st_size < 1_000_000
+    shipped = gate.load(path, smollm2)
+    text = collect.Passage("license", (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8"))
+    found = collect.score_rows(smollm2, tokenizer, text, collect.Recipe(max_tokens=300, share=1.0))
+    x = gate.features(found["keys"], found["values"])[:, :, fit.SINKS :]
+    rows = fit.Rows("license", x.flatten(0, 1), found["scores"][:, :, fit.SINKS :].flatten(0, 1), (30, 3))
+    measured = fit.measure(shipped.weights, [rows])
+    assert measured["overlap"]["0.25"] > 0.65 and measured["mass"]["0.25"] > 0.9
