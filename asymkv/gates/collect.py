@@ -138,16 +138,17 @@ class Folder:
         Raises:
             ValueError: for a folder of another model or recipe.
         """
-        wanted = {"model": model_of(model), "recipe": asdict(recipe)}
+        wanted = asdict(recipe)
         if not (self.path / SETTINGS_FILE).is_file():
-            write_atomic(self.path / SETTINGS_FILE, json.dumps(wanted, indent=1) + "\n")
-        found = self.settings()
-        differing = {k: (found[k], wanted[k]) for k in wanted if found[k] != wanted[k]}
+            content = {"model": model_of(model), "recipe": wanted}
+            write_atomic(self.path / SETTINGS_FILE, json.dumps(content, indent=1) + "\n")
+        found = self.recipe_for(model)
+        differing = {k: (found.get(k), wanted[k]) for k in wanted if found.get(k) != wanted[k]}
         if differing:
             raise ValueError(f"{self.path} was collected otherwise; take another folder: (folder, given) {differing}")
 
     def recipe_for(self, model: PreTrainedModel) -> dict[str, Any]:
-        """The recipe of a folder of this very model.
+        """The recipe of a folder that was collected with this very model.
 
         Raises:
             ValueError: for a folder that holds no collection, or one of another model.

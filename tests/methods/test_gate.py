@@ -207,6 +207,8 @@ def test_a_collection_holds_what_kvzip_says(model, tmp_path):
     assert rows.x.shape == (4, int(use.sum()), 32) and rows.score.max() > 0
     with pytest.raises(ValueError, match="collected otherwise; take another folder"):
         folder.claim(model, collect.Recipe(max_tokens=120, share=1.0))
+    with pytest.raises(ValueError, match="was collected for .*weights_sha256"):
+        folder.claim(tiny_model(seed=1), recipe)
     with pytest.raises(ValueError, match="at least 64 are needed"):
         folder.add(model, tokenizer, collect.Passage("kind", "w1 w2"), recipe)
     path.write_bytes(path.read_bytes()[:-9])
