@@ -81,7 +81,7 @@ EXTENSIONS, COMMAND = extension() if {"build_ext", "bdist_wheel", "editable_whee
 setup(
     packages=[*find_packages(include=["asymkv", "asymkv.*"]), *CONFIG_PACKAGES],
     package_dir=CONFIG_PACKAGES,
-    package_data={name: ["*.yaml", "*.json"] for name in CONFIG_PACKAGES} | {"asymkv": ["py.typed"]},
+    package_data={name: ["*.yaml", "*.json", "*.safetensors"] for name in CONFIG_PACKAGES} | {"asymkv": ["py.typed"]},
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": COMMAND},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS else {},

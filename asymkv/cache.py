@@ -140,8 +140,8 @@ class CompressedCache(BudgetLedger, Cache):
         """An empty cache for a causal LM.
 
         Raises:
-            ValueError: for a model that a compressed cache cannot serve, or whose head scores, stages or basis are
-                missing.
+            ValueError: for a model that a compressed cache cannot serve, or whose head scores, stages, gate or basis
+                are missing.
         """
         adapter = get_adapter(model.config.model_type)
         adapter.check(model.config)
@@ -163,6 +163,7 @@ class CompressedCache(BudgetLedger, Cache):
         )
         cache.head_split = config.head_split.prepare(model)
         cache.layer_tokens = config.options.layer_tokens(model)
+        config.options.prepare_layers(model, cache.layers)
         cache._model = weakref.ref(model)
         return cache
 

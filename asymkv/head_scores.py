@@ -40,6 +40,11 @@ def model_of(model: PreTrainedModel) -> dict[str, Any]:
     return {**named, "kv_heads": heads}
 
 
+def check_model(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Where two models (as :func:`model_of` names them) differ in what binds a file: ``{name: (saved, given)}``."""
+    return {k: (saved.get(k), given[k]) for k in _BOUND if saved.get(k) != given[k]}
+
+
 def default_path(model: dict[str, Any], kind: str) -> Path:
     """Where scores of a model (as :func:`model_of` names it) lie in the user's cache folder."""
     return cache_dir() / "head_scores" / model["weights_sha256"][:16] / f"{kind}.json"
@@ -121,7 +126,7 @@ def read_checked(path: str | Path, form: str, model: PreTrainedModel | None, wha
         raise ValueError(f"{path} is damaged: its checksum is {found}, its content's {_checksum(content)}")
     if model is not None:
         saved, given = content["model"], model_of(model)
-        differing = {k: (saved.get(k), given[k]) for k in _BOUND if saved.get(k) != given[k]}
+        differing = check_model(saved, given)
         if differing:
             raise ValueError(f"{path} holds {what} of {saved.get('name')!r}, not of {given['name']!r}: "
                              f"(file, given) {differing}")

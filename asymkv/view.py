@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,7 @@ class RowView:
         raw_queries: ``[B, H, Q, D]``, the queries before RoPE, if they are at hand.
         requests: what was asked for, per row of the batch; None: nothing is to be lost there.
         output_weight: ``[hidden, H * D]``, the layer's output projection, if the method needs "output_weight".
+        learned: what the method was taught of this layer beforehand (``Method.prepare_layers``), ``[H_kv, ...]``.
         memory: what the method remembers from one compaction of this layer to the next, tensors ``[B, ...]``; the
             layer's own dict, to be filled in place with new tensors.
         scale: factor of the logits.
@@ -71,6 +72,7 @@ class RowView:
     raw_queries: Tensor | None = None
     output_weight: Tensor | None = None
     requests: Sequence[Request | None] = ()
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)
 
     @property

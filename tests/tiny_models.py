@@ -60,7 +60,11 @@ def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = tor
 
 
 def head_scores(method: type) -> dict:
-    """Scores inline, for a method that wants some."""
+    """Scores inline, for a method that wants some; gates, for one that wants those."""
+    if method.__name__ == "GateMethod":
+        from gate_files import GATES
+
+        return {"file": GATES}
     return {"head_scores": HEAD_SCORES} if "head_scores" in method.__dataclass_fields__ else {}
 
 

@@ -106,7 +106,7 @@ class DifferentiableLayer(CompressedLayer):
             **rows, rotary_positions=self.columns["positions"].long(), valid=self._valid(), lengths=self.length,
             budget=self.length, tokens=torch.tensor(self.tokens, device=self.length.device), prompt=prompt,
             scale=scale, rope=rope, statistics=dict(self.statistics), layer=self.index, memory=self.memory,
-            output_weight=self.output_weight,
+            output_weight=self.output_weight, learned=self.learned,
         )  # fmt: skip
 
     def compact(self, method: Method, view: RowView, limit: list[Rows | None], heads: HeadBudgets) -> None:

@@ -13,6 +13,7 @@ from asymkv.methods.duo_attention import DuoAttention
 from asymkv.methods.echo import Echo
 from asymkv.methods.expected_attention import ExpectedAttention
 from asymkv.methods.full import Full
+from asymkv.methods.gate import GateMethod
 from asymkv.methods.h2o import H2O
 from asymkv.methods.headkv import HeadKV
 from asymkv.methods.keys import KeyDiff, Knorm
@@ -41,6 +42,7 @@ METHODS: dict[str, type[Method]] = {
     "echo": Echo,
     "expected_attention": ExpectedAttention,
     "full": Full,
+    "gate": GateMethod,
     "h2o": H2O,
     "headkv": HeadKV,
     "keydiff": KeyDiff,

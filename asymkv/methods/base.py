@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from asymkv.config import CompressionConfig
+    from asymkv.layer import CompressedLayer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,13 @@ class Method:
             ValueError: where what that follows from is missing or of another model.
         """
         return None
+
+    def prepare_layers(self, model: PreTrainedModel, layers: Sequence[CompressedLayer]) -> None:
+        """Gives the layers of a new cache what was learnt of the model beforehand, in ``learned``; by default nothing.
+
+        Raises:
+            ValueError: where that is missing or of another model.
+        """
 
     def to_dict(self) -> dict[str, Any]:
         """The method's own parameters."""

@@ -164,7 +164,7 @@ def heads_of(cache: CompressedCache, *names: str) -> list[tuple[int, int, list[T
 
 
 def owned_bytes(layer: Any) -> dict[int, int]:
-    """Every buffer that is reachable from a layer, but for the model's own weight: address -> bytes."""
+    """Every buffer that is reachable from a layer, but for what belongs to the model: address -> bytes."""
     found: dict[int, int] = {}
 
     def walk(x: Any) -> None:
@@ -179,7 +179,7 @@ def owned_bytes(layer: Any) -> dict[int, int]:
         elif type(x).__module__.startswith("asymkv"):
             walk(vars(x))
 
-    walk({k: v for k, v in vars(layer).items() if k != "output_weight"})
+    walk({k: v for k, v in vars(layer).items() if k not in ("output_weight", "learned")})
     found.pop(0, None)  # empty
     return found
 

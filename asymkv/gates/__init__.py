@@ -1,0 +1,1 @@
+"""Small networks that tell from a row alone how much KVzip would value it."""
