@@ -1,4 +1,4 @@
-"""A comparison in minutes on a CPU: full cache, no context, AsymKV and StreamingLLM at a quarter of the rows.
+"""A comparison in minutes on a CPU: full cache, no context, Gate, AsymKV and StreamingLLM at a quarter of the rows.
 
     python scripts/demo.py
 
@@ -36,7 +36,7 @@ SIZES = {
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", default="asymkv,streaming_llm", help="compressed arms, comma-separated")
+    parser.add_argument("--methods", default="gate,asymkv,streaming_llm", help="compressed arms, comma-separated")
     parser.add_argument("--ratio", type=float, default=RATIO, help="share of rows kept")
     parser.add_argument("--protocol", choices=("prompt", "context"), default="prompt")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 prefills 2-4 times as fast as float32 on CPUs")

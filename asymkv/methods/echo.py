@@ -57,9 +57,9 @@ class Echo(KVzip):
         return needs | {"output_weight"} if self.currency == "output_error" else needs
 
     def defaults(self) -> dict[str, Any]:
-        """KVzip's, but no head is emptied: later chunks are read by what is left of the earlier ones."""
-        joint = {"layer_budgets": {"kind": "global", "floor": 0.1}} if self.level == "pair" else {}
-        return {**super().defaults(), **joint}
+        """KVzip's, but a window stays, and no head is emptied: later chunks are read by what is left of earlier ones."""
+        own = {name: value for name, value in super().defaults().items() if name != "window_size"}
+        return {**own, "layer_budgets": {"kind": "global", "floor": 0.1}} if self.level == "pair" else own
 
     def validate(self, config: CompressionConfig) -> None:
         """Checks the choices.
