@@ -57,7 +57,7 @@ class Echo(KVzip):
         return needs | {"output_weight"} if self.currency == "output_error" else needs
 
     def defaults(self) -> dict[str, Any]:
-        """KVzip's, but a window stays, and no head is emptied: later chunks are read by what is left of earlier ones."""
+        """KVzip's, but a window stays and no head is emptied: what is left of a chunk is what reads the next."""
         own = {name: value for name, value in super().defaults().items() if name != "window_size"}
         return {**own, "layer_budgets": {"kind": "global", "floor": 0.1}} if self.level == "pair" else own
 
