@@ -19,8 +19,6 @@ from asymkv.storage import ROW_COLUMNS, RaggedStorage
 from asymkv.view import RowView
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from asymkv.budgets.heads import HeadBudgets, Rows
     from asymkv.methods.base import Method
 
@@ -57,7 +55,7 @@ class CompressedLayer(LayerBase):
         self.columns_seen = 0
         self.ring: QueryRing | None = None
         self.output_weight: Tensor | None = None  # the model's own, where the method needs it
-        self.learned: Mapping[str, Tensor] = {}  # what the method knows of this layer beforehand, shared by all caches
+        self.learned: dict[str, Tensor] = {}  # what the method knows of this layer beforehand, shared by all caches
         self.judgement: Judgement | None = None  # waits for the other layers within one forward
         self.memory: dict[str, Tensor] = {}  # of the method, [B, ...]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -72,7 +72,7 @@ class RowView:
     raw_queries: Tensor | None = None
     output_weight: Tensor | None = None
     requests: Sequence[Request | None] = ()
-    learned: Mapping[str, Tensor] = field(default_factory=dict)
+    learned: dict[str, Tensor] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)
 
     @property

@@ -80,7 +80,7 @@ class Gate:
         return self.weights["mean"].shape[-1]
 
     def layer(self, index: int) -> dict[str, Tensor]:
-        """The weights of one layer, ``[H_kv, ...]``."""
+        """The weights of one layer, ``[H_kv, ...]``, in a dict of its own."""
         return {name: each[index] for name, each in self.weights.items()}
 
     def score(self, keys: Tensor, values: Tensor) -> Tensor:

@@ -67,4 +67,6 @@ class GateMethod(Method):
 
     def score(self, view: RowView) -> Tensor:
         """Logarithm of the highest probability that a query is expected to give the row, ``[B, H_kv, T]``."""
-        return log_score(view.learned, features(view.unrotate(view.keys), view.values))
+        x = features(view.unrotate(view.keys), view.values)
+        view.learned.update({name: each.to(x) for name, each in view.learned.items()})  # moved and widened once
+        return log_score(view.learned, x)

@@ -56,3 +56,28 @@ def test_standing_sample_spreads_depth_and_takes_one_row_per_context(tmp_path):
     )["tasks"]
     assert chosen["needle"] == ["0.1-10", "0.5-20", "0.9-10"]
     assert chosen["qa"] == ["t1", "t5", "t6"]
+
+
+def test_halves_share_no_context_and_reported_ones_are_never_tuned_on(tmp_path):
+    rows = [{"_id": f"{i}-{q}", "context": f"text {i}", "input": q, "answers": ["a" * (1 + len(q))]}
+            for i in range(40) for q in ("", "why")]  # fmt: skip
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def contexts(half, reported=()):
+        picked = {"tasks": ("qa",), "rows_per_task": 5, "half": half, "reported": reported}
+        ids = sample.select_standing_sample(tmp_path, len, **picked)["tasks"]["qa"]
+        return {row["context"] for row in rows if row["_id"] in ids}
+
+    tune, report = contexts("tune"), contexts("report")
+    assert len(tune) == len(report) == 5
+    assert {sample.half_of(c) for c in tune} == {"tune"} and {sample.half_of(c) for c in report} == {"report"}
+    reported = [row["_id"] for row in rows if row["context"] in tune and not row["input"]]
+    assert not contexts("tune", reported) & tune, "whatever question of a context is reported"
+
+
+def test_the_shipped_samples_are_of_different_halves():
+    folder = fidelity.load_experiment("quality").sample.parent
+    tune, standing = (sample.read_sample(folder / f"{name}_sample.json") for name in ("tune", "standing"))
+    assert fidelity.load_experiment("quality_tune").sample.name == "tune_sample.json"
+    for task, ids in tune.tasks.items():
+        assert len(ids) == 3 and not set(ids) & set(standing.tasks[task])
