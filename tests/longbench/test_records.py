@@ -80,4 +80,5 @@ def test_the_shipped_samples_are_of_different_halves():
     tune, standing = (sample.read_sample(folder / f"{name}_sample.json") for name in ("tune", "standing"))
     assert fidelity.load_experiment("quality_tune").sample.name == "tune_sample.json"
     for task, ids in tune.tasks.items():
-        assert len(ids) == 3 and not set(ids) & set(standing.tasks[task])
+        assert (len(ids), len(standing.tasks[task])) == (3, sample.ROWS_PER_TASK)
+        assert not set(ids) & set(standing.tasks[task])
