@@ -49,8 +49,8 @@ def is_served(name):
     return True
 
 
-# The others judge a whole prompt at once, or move their rows' positions.
-REFUSED = {"adakv", "chunkkv", "criticalkv", "dynamic_kv", "expected_attention", "headkv", "kvzip", "pyramidkv",
+# The others judge a whole prompt at once, read it twice, or move their rows' positions.
+REFUSED = {"adakv", "chunkkv", "criticalkv", "dynamic_kv", "echo", "expected_attention", "headkv", "kvzip", "pyramidkv",
            "snapkv", "streaming_llm", "uncomp"}  # fmt: skip
 SERVED = [name for name in VARIANTS if name not in REFUSED]
 
