@@ -86,7 +86,7 @@ class RangeMaximum:
 
     def score(self, layer: CompressedLayer, seen: ReplayQueries, begin: Tensor, end: Tensor) -> None:
         """See :class:`Scorer`."""
-        storage, batch = layer.storage, layer.batch
+        storage = layer.storage
         storage.add_column(SCORE, (), torch.float32)
         rows = subset(storage, begin, end, self.anchor)
         if not rows.place.shape[1]:
@@ -99,7 +99,8 @@ class RangeMaximum:
         best = strongest(queries * seen.scale, keys, bias, own_lse, fade).exp()
         if self.weigh:
             assert layer.output_weight is not None
-            best = best * output_norm(storage.columns["values"][rows.place].to(best.dtype), layer.output_weight, batch)
+            values = storage.columns["values"][rows.place].to(best.dtype)
+            best = best * through_output(layer, values).norm(dim=-1)
         score = best.amax(1).clamp(min=FAINTEST, max=None if self.weigh else 1)
         storage.columns[SCORE][rows.place[rows.scored]] = score[rows.scored].float()
 
@@ -154,25 +155,14 @@ class _Costs:
         total = self.n[..., 1:] + self.n[..., :-1]
         self.share = self.n[..., :-1] / total.clamp(min=1)
         if currency == "output_error":
-            assert layer.output_weight is not None
-            values = storage.columns["values"][rows.place].to(dtype)
-            factor = output_factor(layer.output_weight, layer.kv_heads, values.shape[-1], dtype)
-            factor = factor.repeat(layer.batch, 1, 1, 1)
-            self.values = torch.einsum("ngde,nwe->ngwd", factor, values)
-            self.out = torch.einsum("ngde,ngte->ngtd", factor, seen.per_head(seen.out, storage.heads))
-
-    def blocks(self) -> Iterator[slice]:
-        """Slices of queries."""
-        heads, group, total, _ = self.queries.shape
-        most = BLOCK_ELEMENTS_CPU if self.queries.device.type == "cpu" else BLOCK_ELEMENTS
-        size = max(1, most // (heads * group * self.keys.shape[1]))
-        yield from (slice(begin, begin + size) for begin in range(0, total, size))
+            self.values = through_output(layer, storage.columns["values"][rows.place].to(dtype))
+            self.out = through_output(layer, seen.per_head(seen.out, storage.heads))
 
     def largest(self, pairs: bool) -> tuple[Tensor, Tensor | None]:
         """Cost of dropping each row ``[N, W]``, and of merging each with the next ``[N, W - 1]``."""
         drop = self.keys.new_zeros(self.keys.shape[:2])
         pair = drop[:, 1:].clone() if pairs else None
-        for part in self.blocks():
+        for part in query_blocks(self.queries, self.keys.shape[1]):
             queries = self.queries[:, :, part]
             per_token = torch.bmm(queries.flatten(1, 2), self.keys.transpose(1, 2)).view(*queries.shape[:3], -1)
             per_token.sub_(self.lse[:, :, part, None])  # log probability of one token of each row
@@ -234,6 +224,14 @@ def subset(storage: RaggedStorage, begin: Tensor, end: Tensor, anchor: int) -> S
     position = storage.columns["position"][place]
     return Subset(place, present, present & (position >= begin[:, None]) & (position < end[:, None]))
 
+def query_blocks(queries: Tensor, width: int) -> Iterator[slice]:
+    """Slices of queries ``[N, G, t, D]`` whose logits over ``width`` rows fit in memory at a time."""
+    heads, group, total, _ = queries.shape
+    most = BLOCK_ELEMENTS_CPU if queries.device.type == "cpu" else BLOCK_ELEMENTS
+    size = max(1, most // (heads * group * width))
+    yield from (slice(begin, begin + size) for begin in range(0, total, size))
+
+
 def strongest(queries: Tensor, keys: Tensor, bias: Tensor, own_lse: Tensor, fade: Tensor) -> Tensor:
     """Highest log probability of each row over the queries of a head, in blocks of queries.
 
@@ -249,44 +247,28 @@ def strongest(queries: Tensor, keys: Tensor, bias: Tensor, own_lse: Tensor, fade
     Returns:
         ``[N, G, W]``.
     """
-    heads, group, total, _ = queries.shape
+    heads, group, _, _ = queries.shape
     width = keys.shape[1]
     best = queries.new_full((heads, group, width), -torch.inf)
-    most = BLOCK_ELEMENTS_CPU if queries.device.type == "cpu" else BLOCK_ELEMENTS
-    size = max(1, most // (heads * group * width))
-    for begin in range(0, total, size):
-        end = min(begin + size, total)
-        block = queries[:, :, begin:end].flatten(1, 2)
+    for part in query_blocks(queries, width):
+        block = queries[:, :, part].flatten(1, 2)
         logits = torch.baddbmm(bias[:, None], block, keys.transpose(1, 2)).view(heads, group, -1, width)
-        lse = torch.logaddexp(logits.logsumexp(-1), own_lse[:, :, begin:end]) + fade[:, None, begin:end]
+        lse = torch.logaddexp(logits.logsumexp(-1), own_lse[:, :, part]) + fade[:, None, part]
         best = best.maximum(logits.sub_(lse[..., None]).amax(2))
     return best
 
 
-def output_norm(values: Tensor, weight: Tensor, batch: int) -> Tensor:
-    """Norm of values through each query head's part of the output projection.
+def through_output(layer: CompressedLayer, x: Tensor) -> Tensor:
+    """``R x`` with small stand-ins R for each query head's part of the output projection: ``|R x| = |W_O x|``.
 
     Args:
-        values: ``[B * H_kv, W, D]``.
-        weight: ``[hidden, H * D]``.
+        layer: whose ``output_weight [hidden, H * D]`` is known.
+        x: ``[B * H_kv, W, D]``, or one for each query head of the group, ``[B * H_kv, G, W, D]``.
 
     Returns:
-        ``[B * H_kv, G, W]``.
+        ``[B * H_kv, G, W, min(hidden, D)]``.
     """
-    kv_heads, dim = values.shape[0] // batch, values.shape[-1]
-    heads = weight.to(values.dtype).view(weight.shape[0], kv_heads, -1, dim)
-    gram = torch.einsum("okgd,okge->kgde", heads, heads).repeat(batch, 1, 1, 1)
-    return torch.einsum("nwd,ngde,nwe->ngw", values, gram, values).clamp(min=0).sqrt()
-
-
-def output_factor(weight: Tensor, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-    """Small stand-ins ``R`` for each query head's part of the output projection: ``|R x| = |W_O x|`` for all x.
-
-    Args:
-        weight: ``[hidden, H * D]``.
-
-    Returns:
-        ``[H_kv, G, min(hidden, D), D]``.
-    """
-    blocks = weight.to(dtype).unflatten(1, (kv_heads, -1, head_dim)).movedim(0, 2)
-    return torch.linalg.qr(blocks, mode="r").R
+    assert layer.output_weight is not None
+    blocks = layer.output_weight.to(x.dtype).unflatten(1, (layer.kv_heads, -1, x.shape[-1])).movedim(0, 2)
+    factor = torch.linalg.qr(blocks, mode="r").R.repeat(layer.batch, 1, 1, 1)
+    return (x if x.dim() == 4 else x[:, None]) @ factor.transpose(-1, -2)

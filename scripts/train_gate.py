@@ -106,7 +106,8 @@ def fit_gate(args: argparse.Namespace, model: PreTrainedModel, name: str) -> Non
     with tqdm(total=args.steps, unit="step", desc="fit") as bar:
         weights, measured = fit(*rows, settings, progress=lambda step, found: show(bar, found))
     kinds = sorted({file.stem.rsplit("-", 1)[0] for file in train})
-    trained = {**measured, "recipes": recipes, "kinds": kinds, "held_out_passages": [file.stem for file in held_out]}
+    trained = {**measured, "recipes": recipes, "kinds": kinds, "passages_trained_on": [file.stem for file in train],
+               "held_out_passages": [file.stem for file in held_out]}  # fmt: skip
     path = Gate(weights, {**model_of(model), "name": name}, trained).save(args.out)
     write_atomic(path.with_suffix(".json"), json.dumps(trained, indent=1) + "\n")
     print(f"gate: {path}, {path.stat().st_size} bytes")

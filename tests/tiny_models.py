@@ -7,6 +7,7 @@ import importlib
 import torch
 from torch import Tensor, nn
 
+from asymkv.methods.gate import GateMethod
 from asymkv.models import families, get_adapter
 
 FAMILIES = families()
@@ -61,7 +62,7 @@ def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = tor
 
 def head_scores(method: type) -> dict:
     """Scores inline, for a method that wants some; gates, for one that wants those."""
-    if method.__name__ == "GateMethod":
+    if issubclass(method, GateMethod):
         from gate_files import GATES
 
         return {"file": GATES}

@@ -24,7 +24,7 @@ from asymkv.compress import compress
 from asymkv.files import replace_file, sha256, write_atomic
 from asymkv.head_scores import check_model, model_of
 from asymkv.longbench.data import load_rows
-from asymkv.longbench.sample import half_of
+from asymkv.longbench.sample import SHARED_LIMIT, half_of, shared_text, text_runs
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def task_passages(
         data_dir: folder of the rows.
         count: contexts at most.
         half: only contexts of this half of the data (:func:`asymkv.longbench.sample.half_of`); None: of both.
-        left_out: ids of rows whose contexts are never taken.
+        left_out: ids of rows whose contexts, and others that share text with them, are never taken.
         seed: of the choice.
 
     Returns:
@@ -96,7 +96,8 @@ def task_passages(
         raise ValueError(f"{task}.jsonl in {data_dir} holds no rows")
     barred = {row["context"] for row in rows if row["_id"] in left_out}
     found = sorted({row["context"] for row in rows} - barred)
-    found = [text for text in found if half in (None, half_of(text, barred))]
+    runs = text_runs(barred)
+    found = [t for t in found if half in (None, half_of(t, barred)) and shared_text(t, runs) < SHARED_LIMIT]
     if not found:
         logger.warning("%s: %d rows, but no context of half %s besides those left out", task, len(rows), half)
     random.Random(f"{seed} {task}").shuffle(found)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ STANDING_TASKS = ("needle", "trec", "qasper", "qmsum", "gov_report", "multi_news
 MAX_PROMPT_TOKENS = 3300
 ROWS_PER_TASK = 6
 TUNE, REPORT = HALVES = ("tune", "report")
+RUN, SHARED_LIMIT = 60, 0.02  # characters in a row; share of them from which two texts count as the same material
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,21 @@ def select_standing_sample(
 def half_of(context: str, reported: Collection[str] = ()) -> str:
     """The half that a context belongs to: "report" for those that are reported already, else by its sha256."""
     return TUNE if context not in reported and int(sha256(context.encode())[:8], 16) % 2 else REPORT
+
+
+def text_runs(texts: Iterable[str]) -> set[str]:
+    """All runs of ``RUN`` characters of some texts, for :func:`shared_text`."""
+    return {text[i : i + RUN] for text in texts for i in range(len(text) - RUN + 1)}
+
+
+def shared_text(context: str, runs: Collection[str]) -> float:
+    """Share of a context's runs of ``RUN`` characters that are among ``runs``, of every seventh.
+
+    Contexts of different halves may still be made of the same material: haystacks, demonstrations, two cuts of one
+    report.
+    """
+    starts = range(0, len(context) - RUN + 1, 7)
+    return sum(context[i : i + RUN] in runs for i in starts) / max(len(starts), 1)
 
 
 def _one_per_context(rows: Sequence[Row]) -> list[Row]:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from asymkv.checks import check_choice
 from asymkv.methods.asymkv import group_sums
+from asymkv.methods.asymkv_controls import group_shares
 from asymkv.methods.kvzip import KVzip
 from asymkv.plan import CompactionPlan, contract_pairs, keep_rows
 from asymkv.reconstruction import Wording
-from asymkv.replay_scores import CURRENCIES, PAIR, SCORE, Displacement, RangeMaximum, Scorer
+from asymkv.replay_scores import CURRENCIES, PAIR, SCORE, Displacement, Scorer
 from asymkv.view import RowView
 
 if TYPE_CHECKING:
@@ -93,11 +94,7 @@ class Echo(KVzip):
 
     def scorer(self, wording: Wording) -> Scorer:
         """What judges rows in a replay."""
-        judge = super().scorer(wording)
-        if self.over == "range":
-            assert isinstance(judge, RangeMaximum)
-            return judge
-        return Displacement(self.currency, self.action != "drop")
+        return super().scorer(wording) if self.over == "range" else Displacement(self.currency, self.action != "drop")
 
     def judge(self, view: RowView) -> tuple[Tensor, Tensor]:
         """Cost of the cheaper action on each row; a merge needs a next row that may be touched."""
@@ -132,9 +129,8 @@ class Echo(KVzip):
 
     def _merge_in_place(self, view: RowView, target: Tensor) -> None:
         """Puts each run's means by cardinality into its last row, for merges that the executor does not know."""
-        n = view.cardinality.to(torch.float64)[..., None]
-        total = group_sums(n, target)
-        share = n / total.clamp(min=1)
+        n = view.cardinality.double()
+        total, share = group_sums(n[..., None], target), group_shares(n, target)
         touched = _shared(target)[..., None]
         at = view.positions
         if self.merged_position == "mean":

@@ -75,6 +75,14 @@ def test_halves_share_no_context_and_reported_ones_are_never_tuned_on(tmp_path):
     assert not contexts("tune", reported) & tune, "whatever question of a context is reported"
 
 
+def test_shared_text_is_found_whatever_context_it_stands_in():
+    first, second = "".join(map(chr, range(200, 800))), "".join(map(chr, range(2000, 2600)))
+    runs = sample.text_runs([first])
+    assert sample.shared_text(second, runs) == 0 and sample.shared_text(first[50:400], runs) == 1
+    assert 0.4 < sample.shared_text(second[:300] + first[:300], runs) < 0.5
+    assert sample.shared_text("short", runs) == 0
+
+
 def test_the_shipped_samples_are_of_different_halves():
     folder = fidelity.load_experiment("quality").sample.parent
     tune, standing = (sample.read_sample(folder / f"{name}_sample.json") for name in ("tune", "standing"))

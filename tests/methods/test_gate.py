@@ -233,6 +233,11 @@ def test_contexts_of_one_half_and_none_of_a_sample(tmp_path):
     out = {row["_id"] for row in rows if row["context"] in halves[0]}
     assert collect.task_passages("qasper", tmp_path, 99, half="tune", left_out=out) == []
     assert len(collect.task_passages("qasper", tmp_path, 3)) == 3
+    text = rows[0]["context"]
+    again = {**rows[0], "_id": "again", "context": "".join(map(chr, range(400, 700))) + text * 2}
+    (tmp_path / "qasper.jsonl").write_text("\n".join(map(json.dumps, [rows[0], again])), encoding="utf-8")
+    assert len(collect.task_passages("qasper", tmp_path, 99)) == 2
+    assert collect.task_passages("qasper", tmp_path, 99, left_out={"0"}) == [], "made of a left out context's text"
     groups = [[collect.Passage(kind, str(i)) for i in range(n)] for kind, n in (("a", 1), ("b", 3))]
     assert [p.kind + p.text for p in collect.take_turns(groups)] == ["a0", "b0", "b1", "b2"]
 
