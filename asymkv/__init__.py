@@ -1,7 +1,7 @@
 """asymkv: compressed KV caches for transformers, by merging, eviction and everything between."""
 
 from asymkv.cache import CompressedCache
-from asymkv.compress import ask, compress
+from asymkv.compress import ask, compress, compress_many
 from asymkv.config import CompressionConfig
 from asymkv.ops import lma_attention
 from asymkv.patch import (
@@ -23,6 +23,7 @@ __all__ = [
     "__version__",
     "ask",
     "compress",
+    "compress_many",
     "lma_attention",
     "replace",
     "replace_gpt2_asymkv",

@@ -35,7 +35,8 @@ def attention_forward(
         raise ValueError("a CompressedCache is driven by the causal LM's forward; call the LM, not its decoder alone")
     layer = cache.layers[module.layer_idx]
     projection = cache.projections[layer.index] if cache.projections else PLAIN
-    if "output_weight" in cache.config.options.needs and (layer.output_weight is None or not cache.projections):
+    judged_with = any("output_weight" in each.config.options.needs for each in (cache, *cache.branches))
+    if judged_with and (layer.output_weight is None or not cache.projections):
         layer.output_weight = projection.output_weight(adapter.output_weight(module))
     q, k, v = projection.project(adapter, module, hidden)
     if cache.step.replay is not None:
@@ -89,7 +90,7 @@ def attend(cache: CompressedCache, layer: CompressedLayer, q: Tensor, k: Tensor,
     assert step is not None
     if step.prompt:
         _make_room(cache, layer, step, scale)
-    raw = q if "raw_queries" in cache.config.options.needs else None
+    raw = q if any("raw_queries" in each.config.options.needs for each in (cache, *cache.branches)) else None
     rotary = None
     if step.tape is not None or layer.policy != "original":
         rotary = rotary_of_new(layer, step, k)
@@ -107,8 +108,20 @@ def attend(cache: CompressedCache, layer: CompressedLayer, q: Tensor, k: Tensor,
         following = cache.reaching(layer.index + 1, step.counts)
         if following != step.counts:
             step.narrowing.choose(seen.on(layer.view(cache.rope, scale)), following)
+    for branch in cache.branches:
+        if branch.step is not None and not branch.step.hold:
+            observe(branch, take_over(branch, layer), branch.step, seen, scale)
     observe(cache, layer, step, seen, scale)
     return out
+
+
+def take_over(branch: CompressedCache, layer: CompressedLayer) -> CompressedLayer:
+    """A copy of a layer of the cache that a branch shares a prefill with, in its place in the branch."""
+    own = layer.fork()
+    own.learned = branch.layers[layer.index].learned
+    branch.layers[layer.index] = own
+    branch.measure(own)
+    return own
 
 
 def observe(cache: CompressedCache, layer: CompressedLayer, step: Step, seen: Seen, scale: float) -> None:

@@ -132,6 +132,7 @@ class CompressedCache(BudgetLedger, Cache):
         self.peak_nbytes = 0
         self._bytes: list[int] = [0] * num_layers
         self.in_call = False  # a forward has begun and not ended
+        self.branches: Sequence[CompressedCache] = ()  # share this forward (asymkv.branches)
         self.dialogue = ""  # where a conversation stands (asymkv.ask); "" = none
         self._model: Callable[[], PreTrainedModel | None] = lambda: None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from asymkv.branches import check_shared, prefill_many
 from asymkv.cache import CompressedCache
 from asymkv.chat import chat_text, encode
 from asymkv.config import CompressionConfig
@@ -55,22 +56,53 @@ def compress(
     if config is None and patch is not None and not overrides:
         config = patch.config
     made = make_config(config, overrides)
+    return compress_many(model, tokenizer, context, [made], attention_mask=attention_mask, chat=chat, system=system)[0]
+
+
+def compress_many(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    context: str | Tensor,
+    configs: Sequence[CompressionConfig | str | Path],
+    *,
+    attention_mask: Tensor | None = None,
+    chat: bool = True,
+    system: str | None = None,
+) -> list[CompressedCache]:
+    """Reads a context once and compresses it by each of several settings, as :func:`compress` would one by one.
+
+    For methods that judge a whole prompt at once, at any budgets and splits: SnapKV at 50, 25 and 10 % beside AdaKV
+    takes one prefill. KVzip shares prefill and replay with other budgets of its own.
+
+    Args:
+        model: a causal LM of a supported family; patched for this call only, if it is not patched yet.
+        tokenizer: its tokenizer.
+        context: a text, or token ids ``[B, t]`` that are taken as they are.
+        configs: settings, or names or paths of yaml files.
+        attention_mask, chat, system: as for :func:`compress`.
+
+    Returns:
+        A cache per setting.
+
+    Raises:
+        ValueError: as :func:`compress`, and for settings that cannot share a prefill.
+    """
     if isinstance(context, str):
         if attention_mask is not None:
             raise ValueError("attention_mask belongs to token ids; found a text")
         ids, prefix, dialogue = _tokens(tokenizer, context, chat, system)
-        ids = ids.to(model.device)
     elif system is not None:
         raise ValueError("system belongs to a text; found token ids, which are taken as they are")
     else:
-        ids, prefix, dialogue = context.to(model.device), None, ""
-    made = _spelled(made, tokenizer, prefix)
-    with patched(model, made), torch.no_grad():
-        cache = CompressedCache.for_model(made, model)
+        ids, prefix, dialogue = context, None, ""
+    made = [_spelled(make_config(config, {}), tokenizer, prefix) for config in configs]
+    check_shared(made)
+    with patched(model, made[0]):
         mask = None if attention_mask is None else attention_mask.to(model.device)
-        model(input_ids=ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
-    cache.dialogue = dialogue
-    return cache
+        caches, _ = prefill_many(model, made, ids.to(model.device), mask)
+    for cache in caches:
+        cache.dialogue = dialogue
+    return caches
 
 
 def ask(

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from asymkv import curvature
 from asymkv.attention import settle
+from asymkv.branches import settle_branches
 from asymkv.cache import CompressedCache, Step
 from asymkv.models._compat import CausalLMOutputWithPast, checkpoints_activations
 from asymkv.models.adapter import FamilyAdapter
@@ -186,9 +187,14 @@ def _decode_all(
         cut = (tables[0][:, begin:end], tables[1][:, begin:end])
         step = make_step(cache, counts, positions[:, begin:end], cut, prompt)
         step.hold = rebuild is not None and step.prompt
+        for branch in cache.branches:
+            branch.step = make_step(branch, counts, positions[:, begin:end], cut, branch.start_call(counts))
+            branch.step.hold = step.hold
         out = _run_chunk(adapter, lm, cache, call, step, begin, end)
         if rebuild is not None and step.prompt:
             rebuild.run([n if p else 0 for n, p in zip(counts, prompt, strict=True)], begin)
+        settle_branches(cache)
+        if step.hold:
             compact_scored(cache, step)
         settle(cache, step)
         compacted |= step.compacted
@@ -198,6 +204,8 @@ def _decode_all(
         layout.put(hidden, out.last_hidden_state, begin, first)
         if call.extra.get("output_hidden_states"):
             states = _collect_states(states, out.hidden_states, layout, begin)
+    for branch in cache.branches:
+        branch.end_call(layout.valid, branch.compactions > 0)
     cache.end_call(layout.valid, compacted)
     if hidden is None:
         hidden = torch.zeros(len(layout.counts), layout.columns - first, lm.config.hidden_size, dtype=lm.dtype)

@@ -24,17 +24,20 @@ from asymkv.longbench import files, peers
 from asymkv.longbench.arms import FULL, NONE, Arm, ArmError, BaseArm
 from asymkv.longbench.data import Row, Task
 from asymkv.longbench.jsonl import NotFiniteError
-from asymkv.longbench.measure import Protocol, Subject, measure
+from asymkv.longbench.measure import Protocol, Subject, measure, prompt_of
 from asymkv.longbench.press_arms import PressArm, PressSpec
 from asymkv.longbench.records import Record, RecordFolder
 from asymkv.longbench.retention import (
+    Prefix,
     compress,
     contains_answer,
     continuation_logits,
     continuation_score,
+    split_prompt,
     text_windows,
 )
 from asymkv.longbench.sample import Sample
+from asymkv.longbench.shared_prefill import prefill_together, share_groups
 from asymkv.paths import config_path
 
 Cell = Arm | PressArm
@@ -213,10 +216,12 @@ class FidelityRun:
         subject: an unpatched model, and how it is prompted.
         protocol: what is in view while the cache is compressed, see ``asymkv.longbench.retention``.
         folder: where records go; what it already has is not measured again.
+        share: one prefill for all cells that can share it; their ``prefill_seconds`` are None.
     """
 
-    def __init__(self, subject: Subject, protocol: str, folder: RecordFolder) -> None:
+    def __init__(self, subject: Subject, protocol: str, folder: RecordFolder, *, share: bool = False) -> None:
         self.subject = subject
+        self.share = share
         self.protocol = protocol
         self.folder = folder
         self.done = folder.done()
@@ -248,16 +253,30 @@ class FidelityRun:
         The gold answer is cut to the task's answer length. A row with a planted fact (``depth``) is also answered.
         """
         protocol = Protocol(self.protocol, generate="depth" in row, max_gold_tokens=task.max_new_tokens)
-        for cell in self.missing("row", task.dataset, row["_id"], cells):
-            if cell.name in self.refused:
-                continue
+        missing = self.missing("row", task.dataset, row["_id"], cells)
+        first = [] if "turns" in row else self._first_ids(task, row)
+        for cell, prefix in self._prefixes(missing, first):
             yield cell.name
             with self._patched(cell):
-                record = measure(self.subject, cell, task, row, protocol)
+                record = measure(self.subject, cell, task, row, protocol, prefix)
                 values = {name: record[name] for name in ROW_FIELDS if name in record}
                 if protocol.generate:
                     values["found"] = contains_answer(record["pred"], row["answers"])
                 self._save("row", task.dataset, row["_id"], cell, values)
+
+    def _first_ids(self, task: Task, row: Row) -> list[int]:
+        """The tokens that are in view while a row is compressed."""
+        return split_prompt(prompt_of(self.subject, Arm(FULL, CompressionConfig(FULL)), task, row), self.protocol)[0]
+
+    def _prefixes(self, cells: Sequence[Cell], ids: Sequence[int]) -> Iterator[tuple[Cell, Prefix | None]]:
+        """The cells that still run, with their prefix of ``ids`` where a prefill was shared."""
+        for group in share_groups(cells) if self.share and ids else ([cell] for cell in cells):
+            group = [cell for cell in group if cell.name not in self.refused]
+            shared = prefill_together(self.subject, group, ids) if len(group) > 1 else [None] * len(group)
+            for cell in group:
+                prefix = shared.pop(0)  # let go of once measured
+                if cell.name not in self.refused:
+                    yield cell, prefix
 
     def run_window(self, window: Window, cells: Sequence[Cell]) -> Iterator[str]:
         """Measures what is missing of one window against the full cache; yields as ``run_row`` does."""
@@ -265,22 +284,21 @@ class FidelityRun:
         missing = self.missing("window", window.text, str(window.index), cells)
         full = [cell for cell in cells if not cell.compresses]
         reference: Tensor | None = None
-        for cell in [*full, *(cell for cell in missing if cell not in full)] if missing else ():
-            if cell.name in self.refused:
-                continue
+        cells = [*full, *(cell for cell in missing if cell not in full)] if missing else []
+        for cell, prefix in self._prefixes(cells, window.prefix):
             yield cell.name
             with self._patched(cell):
-                logits, values = self._continue(cell, window)
+                logits, values = self._continue(cell, window, prefix)
                 reference = logits if reference is None else reference
                 if cell in missing:
                     values |= dataclasses.asdict(continuation_score(logits, reference, window.targets))
                     self._save("window", window.text, str(window.index), cell, values)
 
-    def _continue(self, cell: BaseArm, window: Window) -> tuple[Tensor, Record]:
+    def _continue(self, cell: BaseArm, window: Window, shared: Prefix | None) -> tuple[Tensor, Record]:
         """Logits of a window's targets behind its compressed prefix, and what that stores."""
         started = time.perf_counter()
-        prefix = compress(self.subject.model, window.prefix)
-        seconds = time.perf_counter() - started
+        prefix = shared or compress(self.subject.model, window.prefix)
+        seconds = None if shared else time.perf_counter() - started
         cell.check(prefix.cache, len(window.prefix), 0)
         values = {"prefill_seconds": seconds, **cell.stored(prefix.cache, self.subject.model)}
         return continuation_logits(self.subject.model, prefix, window.targets, len(window.targets)), values

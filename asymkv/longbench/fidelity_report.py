@@ -61,7 +61,7 @@ class Results:
         return sorted(set.intersection(*(set(self.of(kind, cell)) for cell in cells)))
 
     def column(self, kind: str, cell: CellKey, name: str, items: Sequence[ItemKey]) -> np.ndarray:
-        """One value of the records of ``items``."""
+        """One value of the records of ``items``; NaN where it was not measured."""
         records = self.of(kind, cell)
         return np.array([records[item][name] for item in items], dtype=np.float64)
 
@@ -103,10 +103,19 @@ def summarise(results: Results) -> list[Record]:
 
 
 def prefill_multiple(results: Results, cell: CellKey) -> float:
-    """What compressing costs: prefill seconds over the full cache's on the same row, median over rows."""
+    """What compressing costs: prefill seconds over the full cache's on the same row, median over rows.
+
+    Rows that were prefilled for several cells at once have no time of their own.
+    """
     items = results.common("row", cell, results.full)
     own, full = (results.column("row", key, "prefill_seconds", items) for key in (cell, results.full))
-    return float(np.median(own / full)) if items else math.nan
+    timed = np.isfinite(own / full)
+    return float(np.median((own / full)[timed])) if timed.any() else math.nan
+
+
+def _mean_of_known(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else math.nan
 
 
 def _row_summary(results: Results, cell: CellKey) -> Record:
@@ -131,7 +140,7 @@ def _row_summary(results: Results, cell: CellKey) -> Record:
         "max_rows": max(record["rows_max"] for record in records),
         "peak_rows": max(record["peak_rows"] for record in records),
         "peak_bytes": max(record["peak_bytes"] for record in records),
-        "prefill_seconds": column["prefill_seconds"].mean(),
+        "prefill_seconds": _mean_of_known(column["prefill_seconds"]),
         "prefill_over_full": prefill_multiple(results, cell),
         "needles": len(found),
         "needles_found": sum(found),

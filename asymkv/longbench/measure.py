@@ -65,12 +65,15 @@ class Protocol:
 
 
 @torch.no_grad()
-def measure(subject: Subject, arm: BaseArm, task: Task, row: Row, protocol: Protocol) -> Record:
+def measure(
+    subject: Subject, arm: BaseArm, task: Task, row: Row, protocol: Protocol, shared: retention.Prefix | None = None
+) -> Record:
     """Runs one row and returns its record, all plain json types; a row of several questions has them in ``turns``.
 
     Times are seconds of prefill, of the rest of the prompt and of decoding. ``peak_rss_bytes`` (and
     ``device_peak_bytes`` on accelerators) is the most that the process held in this row, the model included, and
     ``..._increase_bytes`` what came on top of the row's start; both cover prefill, gold answer and decoding.
+    ``shared``: the arm's prefix from a prefill that served several arms, whose time is nobody's: None.
 
     Raises:
         StoredTooMuchError: if the cache holds more than the arm allows.
@@ -79,16 +82,12 @@ def measure(subject: Subject, arm: BaseArm, task: Task, row: Row, protocol: Prot
         from asymkv.longbench.turns import measure_turns
 
         return measure_turns(subject, arm, task, row, protocol)
-    prompt = build_prompt(
-        row, task.dataset, task.template, subject.tokenizer, subject.spec,
-        raw=task.raw, answer_prefix=task.answer_prefix,
-    )  # fmt: skip
-    prompt = prompt.without_context() if arm.bare else prompt
+    prompt = prompt_of(subject, arm, task, row)
     first, rest = retention.split_prompt(prompt, protocol.name)
     host, accelerators = HostMemory(), DeviceMemory(*devices_of(subject.model))
     clock = Clock(subject.model)
-    prefix = retention.compress(subject.model, first)
-    seconds = clock.lap()
+    prefix = shared or retention.compress(subject.model, first)
+    seconds = None if shared else clock.lap()
     arm.check(prefix.cache, len(first), 0)
     record = {
         "_id": row["_id"], "dataset": task.dataset, "answers": row["answers"], "all_classes": row.get("all_classes"),
@@ -101,6 +100,15 @@ def measure(subject: Subject, arm: BaseArm, task: Task, row: Row, protocol: Prot
     if protocol.generate:
         record |= _answer(subject, arm, task, prefix, len(first), rest, protocol)
     return record | host.result() | accelerators.result()
+
+
+def prompt_of(subject: Subject, arm: BaseArm, task: Task, row: Row) -> Prompt:
+    """A row's prompt, without the context for an arm that never reads it."""
+    prompt = build_prompt(
+        row, task.dataset, task.template, subject.tokenizer, subject.spec,
+        raw=task.raw, answer_prefix=task.answer_prefix,
+    )  # fmt: skip
+    return prompt.without_context() if arm.bare else prompt
 
 
 class Clock:

@@ -165,6 +165,24 @@ def test_max_rows_and_arms_limit_a_smoke_run(folder, tmp_path):
     assert {key[2] for key in values(tmp_path)} == {"row0"}
 
 
+def test_a_shared_prefill_gives_the_same_numbers_but_no_times(folder, tmp_path):
+    table = yaml.safe_load((folder / "tiny.yaml").read_text(encoding="utf-8"))
+    table["arms"] += [{"name": name, "method": name} for name in ("snapkv", "adakv")]
+    table["sample"], more = str(folder / "sample.json"), tmp_path / "more.yaml"
+    more.write_text(yaml.safe_dump(table | {"ratios": [0.5, 0.25]}), encoding="utf-8")
+    again = ["--experiment", str(more), "--texts", str(folder / "texts")]
+    run(folder, tmp_path / "alone", *again)
+    run(folder, tmp_path / "shared", *again, "--share-prefill")
+    alone, shared = ({fidelity.record_key(r): r for r in read_records(tmp_path / n)} for n in ("alone", "shared"))
+    for key, record in alone.items():
+        for name in ("nll", "kl", "found", "kept_ratio", "rows_max", "stored_bytes", "compactions"):
+            assert shared[key].get(name) == record.get(name), (key, name)
+        assert (shared[key]["prefill_seconds"] is None) == (key[3] in ("snapkv", "adakv"))
+    rows = csv.DictReader((tmp_path / "shared" / "results.csv").read_text(encoding="utf-8").splitlines())
+    timed = {row["arm"]: row["prefill_seconds"] for row in rows}
+    assert timed["snapkv"] == "nan" and float(timed["window"]) > 0
+
+
 def test_an_arm_that_stores_too_much_is_left_out_and_named(folder, tmp_path, monkeypatch):
     measure = fidelity.measure
 
