@@ -134,6 +134,12 @@ class RaggedStorage:
         """A head's rows of a column, ``[length, ...]``, a view in the order of memory."""
         return self.columns[name][self.start[head] : self.start[head] + self.length[head]]
 
+    def newest(self, name: str, count: int) -> Tensor:
+        """The last ``count`` rows of every head in the order of memory, ``[N, count, ...]``; a view if it can be."""
+        if self.even:
+            return self.dense(name)[:, self.width - count :]
+        return torch.stack([self.run(name, head)[self.length[head] - count :] for head in range(self.heads)])
+
     def rows(self, name: str, head: int) -> Tensor:
         """A head's rows of a column, ``[length, ...]``, by ascending position."""
         rows = self.run(name, head)

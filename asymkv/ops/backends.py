@@ -59,6 +59,13 @@ class Problem:
             self.rows.width == self.query.shape[2] and not self.rows.merged
         )
 
+    @property
+    def has_own_chunk(self) -> bool:
+        """Whether the newest Q rows of every head are the queries' own tokens."""
+        queries = self.query.shape[2]
+        own = self.positions is not None and self.counts is not None and all(n == queries for n in self.counts)
+        return own and self.rows.width > queries > 1
+
     def dense(self, name: str) -> Tensor:
         """A column as ``[B, H_kv, T, ...]``."""
         column = self.rows.dense(name)
@@ -158,7 +165,31 @@ def _sdpa(p: Problem) -> tuple[Tensor, Tensor]:
         return sdpa.causal_attention(p.query, p.dense("keys"), p.dense("values"), p.scale)
     if p.positions is None and not p.rows.strided and not p.differentiable:
         return _head_by_head(p)
+    if p.has_own_chunk and not p.differentiable:
+        return _past_and_chunk(p)
     return _biased(sdpa.biased_attention, p)
+
+
+def _past_and_chunk(p: Problem) -> tuple[Tensor, Tensor]:
+    """Older rows and the chunk's own by themselves, joined by their log-sum-exp.
+
+    A query sees every older row, so that their mask is one number a row, and the chunk is plain causal attention: no
+    mask of queries x rows is made, and half of the chunk's products are not computed.
+    """
+    batch, queries, rows = p.query.shape[0], p.query.shape[2], p.rows
+    old = rows.width - queries
+    keys, values = (p.dense(name)[:, :, :old] for name in ("keys", "values"))
+    own_keys, own_values = (rows.newest(name, queries).unflatten(0, (batch, -1)) for name in ("keys", "values"))
+    own, own_lse = sdpa.causal_attention(p.query, own_keys, own_values, p.scale)
+    log_n, valid = rows.log_n(), rows.valid()
+    bias = torch.zeros(1, 1, device=keys.device) if log_n is None else log_n[:, :old]
+    if valid is not None:  # the first old rows of a head are those behind which queries more come
+        bias = torch.where(valid[:, queries:], bias, -torch.inf)
+    bias = bias.expand(rows.heads, old).reshape(batch, p.kv_heads, 1, old)
+    past, past_lse = sdpa.biased_attention(p.query, keys, values, bias, p.scale)
+    share = torch.sigmoid(own_lse - past_lse)[..., None]
+    out = torch.lerp(past.to(share.dtype), own.to(share.dtype), share)
+    return out.to(p.query.dtype), torch.logaddexp(own_lse, past_lse)
 
 
 def _head_by_head(p: Problem) -> tuple[Tensor, Tensor]:

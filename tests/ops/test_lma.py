@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from tiny_models import assert_close, assert_lse
+from tiny_models import assert_close, assert_lse, tiny_model
 
 from asymkv import lma_attention
-from asymkv.ops import reference, row_bias, sdpa
+from asymkv.layer import CompressedLayer
+from asymkv.ops import ragged_attention, reference, row_bias, sdpa
 from asymkv.ops.reference import causal_tail_bias
+from asymkv.plan import CompactionPlan, contract_pairs, keep_rows
+from asymkv.rope import Rope
 
 
 def make(batch=2, heads=4, kv_heads=2, queries=3, rows=17, dim=16, dtype=torch.float64, seed=0):
@@ -109,3 +112,46 @@ def test_bad_shapes_are_named():
     n[0, 0, 0] = -1
     with pytest.raises(ValueError, match=">= 0; found -1"):
         lma_attention(q, k, v, n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", ["even", "ragged", "merged", "one head holds nothing older"])
+def test_a_chunk_behind_older_rows_attends_as_the_reference_does(rows, dtype):
+    """SDPA takes older rows and the chunk apart; the reference masks one table of queries x rows."""
+    torch.manual_seed(3)
+    rope, layer = Rope(tiny_model().model.rotary_emb), CompressedLayer()
+    k, v = torch.randn(2, 2, 2, 24, 16, dtype=torch.float64).to(dtype)
+    layer.append(k, v)
+    if rows == "merged":
+        plan = CompactionPlan(contract_pairs(torch.rand(2, 2, 23) < 0.5))
+    elif rows == "even":
+        plan = keep_rows(torch.arange(24).expand(2, 2, -1) % 3 > 0)
+    else:
+        keep = torch.rand(2, 2, 24) < 0.5
+        keep[0, 1] &= rows == "ragged"
+        plan = keep_rows(keep)
+    layer.carry_out(plan, layer.view(rope, 0.25))
+    assert layer.storage.even == (rows == "even") and layer.storage.merged == (rows == "merged")
+    chunk = torch.randn(2, 2, 2, 7, 16, dtype=torch.float64).to(dtype)
+    layer.append(*chunk)
+    query = (4 * torch.randn(2, 6, 7, 16, dtype=torch.float64)).to(dtype)
+    given = {"query_positions": torch.arange(24, 31).expand(2, -1), "counts": [7, 7]}
+    ref, ref_lse = ragged_attention(query.double(), _in_fp64(layer), backend="reference", **given)
+    out, lse = ragged_attention(query, layer, backend="sdpa", **given)
+    rtol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    assert out.dtype == dtype
+    assert_close("out", ref, out.double(), rtol)
+    assert_lse(ref_lse, lse.double(), rtol)
+    # What the last token holds does not matter to the queries before it.
+    for head, begin in enumerate(layer.storage.start):
+        layer.storage.columns["values"][begin + layer.storage.length[head] - 1] += 1000
+    later, _ = ragged_attention(query, layer, backend="sdpa", **given)
+    assert torch.equal(later[:, :, :-1], out[:, :, :-1]) and not torch.equal(later[:, :, -1], out[:, :, -1])
+
+
+def _in_fp64(layer):
+    """A copy of a layer with keys and values in fp64."""
+    out = layer.fork()
+    for name in ("keys", "values"):
+        out.storage.columns[name] = out.storage.columns[name].double()
+    return out
