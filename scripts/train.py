@@ -6,8 +6,9 @@
         --num_clusters 128 --output_dir out                                                                   # GPUs
 
 The flags of AAGC's public code keep their names. A run that was stopped goes on with the same command and ``--resume``.
-Writes checkpoints, ``log.jsonl`` and ``final_model`` (weights or adapter, tokenizer, ``compression.yaml``) to the
-output folder; validation is perplexity on the real compressed cache, and beside it on the full one.
+Writes checkpoints, ``log.jsonl``, ``run.json`` (settings, texts, and where each start of the run was made) and
+``final_model`` (weights or adapter, tokenizer, ``compression.yaml``) to the output folder; validation is perplexity on
+the real compressed cache, and beside it on the full one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import json
 import logging
 import sys
 from pathlib import Path
@@ -28,6 +30,9 @@ import asymkv
 from asymkv.distill.student import POSITIONS, DistillSettings, Student
 from asymkv.distill.text import read_dataset, read_files, to_blocks
 from asymkv.distill.trainer import Trainer, TrainSettings
+from asymkv.experiments.corpus import digest
+from asymkv.files import write_atomic
+from asymkv.longbench.conditions import conditions
 from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
 from asymkv.methods import METHODS, get_method
 
@@ -155,6 +160,16 @@ def train_settings(args: argparse.Namespace) -> TrainSettings:
     return TrainSettings(**{n: getattr(args, n) for n in names}, eval_steps=eval_steps)
 
 
+def record_run(args: argparse.Namespace, config: asymkv.CompressionConfig, texts: dict[str, Any], device: Any) -> None:
+    """Writes what a run is, and adds to what it was made on, in ``run.json``."""
+    path = args.output_dir / "run.json"
+    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if args.resume is not None and path.exists() else []
+    packages = ["accelerate", *(["peft"] if args.lora else [])]
+    table = {"arguments": vars(args), "cache": config.to_dict(), "texts": texts,
+             "starts": [*starts, conditions(device, packages)]}  # fmt: skip
+    write_atomic(path, json.dumps(table, indent=2, default=str) + "\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -163,6 +178,9 @@ def main(argv: list[str] | None = None) -> int:
     student, tokenizer = make_student(args, config)
     train, validation = read_blocks(args, tokenizer)
     trainer = Trainer(student, train, validation, args.output_dir, settings, accelerator)
+    if accelerator.is_main_process:
+        texts = {name: {"blocks": len(x), "sha256": digest(x)} for name, x in (("train", train), ("val", validation))}
+        record_run(args, config, texts, accelerator.device)
     if args.resume is not None:
         step = trainer.resume(args.resume or None)
         accelerator.print(f"going on after update {step} of {trainer.total}")

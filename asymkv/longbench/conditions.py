@@ -1,12 +1,30 @@
-"""What a number was measured on: processor or GPU, and commit."""
+"""What a number was measured on: date, commit, versions, processor or GPU."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
+import time
+from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
+
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
+
+
+def conditions(device: torch.device, more: Sequence[str] = ()) -> dict[str, Any]:
+    """Date, commit, versions (of ``more`` packages too), device and threads; plain json types."""
+    packages = {name: metadata.version(name) for name in (*PACKAGES, *more)}
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": commit(),
+        "versions": {"python": platform.python_version(), **packages},
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def cpu_name() -> str | None:

@@ -14,10 +14,8 @@ import datetime
 import json
 import logging
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ import torch
 from asymkv.longbench import data, models, peers, suites
 from asymkv.longbench.arms import BaseArm
 from asymkv.longbench.checks import check_asked
-from asymkv.longbench.conditions import commit, device_name
+from asymkv.longbench.conditions import conditions as conditions_of
 from asymkv.longbench.data import Row, Task
 from asymkv.longbench.files import write_atomic
 from asymkv.longbench.measure import Protocol, Record, Subject, measure
@@ -40,7 +38,6 @@ BARRIER_TIMEOUT = datetime.timedelta(days=7)
 # Of a record: where its time went, and the most memory that its process held.
 SECONDS = ("prefill_seconds", "question_seconds", "decode_seconds")
 PEAKS = ("peak_rss_bytes", "device_peak_bytes")
-PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
 logger = logging.getLogger(__name__)
 
@@ -337,12 +334,8 @@ def conditions(subject: Subject, ranks: Ranks) -> Record:
     """What is recorded but not compared: machine, versions, commit, date."""
     spread = {name: str(place) for name, place in getattr(subject.model, "hf_device_map", {}).items()}
     return {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": commit(),
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
-        "device_name": device_name(models.input_device(subject.model)),
+        **conditions_of(models.input_device(subject.model)),
         "world_size": ranks.world,
-        "threads": torch.get_num_threads(),
         "attention": subject.model.config._attn_implementation,
         **({"device_map": spread} if spread else {}),
     }

@@ -47,6 +47,10 @@ def test_a_run_leaves_a_model_and_its_settings(run, tmp_path, capsys):
     assert not torch.equal(model.lm_head.weight, tiny_model().lm_head.weight)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert {"perplexity", "perplexity_full"} <= set(log[-1])
+    told = json.loads((out / "run.json").read_text())
+    assert told["arguments"]["max_steps"] == 2 and told["cache"] == config.to_dict()
+    assert told["texts"]["train"]["blocks"] > told["texts"]["val"]["blocks"] > 0
+    assert [set(start) for start in told["starts"]] == [{"date", "commit", "versions", "device_name", "threads"}]
     assert "perplexity" in capsys.readouterr().out
 
 
