@@ -32,7 +32,7 @@ _BOUND = ("model_type", "layers", "kv_heads", "weights_sha256")
 
 def model_of(model: PreTrainedModel) -> dict[str, Any]:
     """What a score file is bound to: family, layers, KV heads and weights; name and revision for the reader."""
-    from asymkv.serialize import fingerprint
+    from asymkv.fingerprint import fingerprint
 
     found = fingerprint(model, any_dtype=True)
     heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from asymkv.config import CompressionConfig
-from asymkv.files import replace_file, sha256_file, write_atomic
-from asymkv.models import get_adapter
+from asymkv.files import replace_file, sha256, sha256_file, write_atomic
+from asymkv.fingerprint import fingerprint
 from asymkv.observations import QueryRing
 from asymkv.storage import RaggedStorage
 
@@ -22,33 +22,10 @@ if TYPE_CHECKING:
     from asymkv.cache import CompressedCache
     from asymkv.layer import CompressedLayer
 
-FORMAT = "asymkv-cache-1"
-ROWS, MANIFEST = "rows.safetensors", "cache.json"
+FORMAT = "asymkv-cache-2"
+MANIFEST = "cache.json"
 _STATE = ("prompt_tokens", "expected_prompt", "prompt_until", "pending", "compactions", "peak_rows", "peak_nbytes",
           "dialogue")  # fmt: skip
-
-
-def fingerprint(model: PreTrainedModel, *, any_dtype: bool = False) -> dict[str, Any]:
-    """What a cache is bound to: family, shape, name and revision, and a hash of some of the weights.
-
-    Args:
-        model: the model.
-        any_dtype: hash the weights' signs, which a model keeps in whatever dtype it is loaded.
-    """
-    adapter = get_adapter(model.config.model_type)
-    attention = [m for m in model.modules() if isinstance(m, adapter.attention_class())]
-    digest = hashlib.sha256()
-    for layer in (attention[0], attention[-1]):
-        values = adapter.key_weight(layer).detach().float()
-        digest.update((values.signbit() if any_dtype else values).cpu().numpy().tobytes())
-    return {
-        "model_type": model.config.model_type,
-        "layers": model.config.num_hidden_layers,
-        "hidden_size": model.config.hidden_size,
-        "weights_sha256": digest.hexdigest(),
-        "name": model.config._name_or_path,
-        "revision": getattr(model.config, "_commit_hash", None),
-    }
 
 
 def save(cache: CompressedCache, path: str | Path, model: PreTrainedModel) -> None:
@@ -61,18 +38,29 @@ def save(cache: CompressedCache, path: str | Path, model: PreTrainedModel) -> No
     folder = Path(path)
     tensors: dict[str, Tensor] = {}
     layers = [_pack(layer, tensors) for layer in cache.layers]
-    rows = replace_file(folder / ROWS, lambda target: save_file(tensors, target))
-    manifest = {
-        "format": FORMAT,
-        "model": fingerprint(model),
-        "config": cache.config.to_dict(),
-        "basis_sha256": cache.basis_sha256,
-        "tail": cache.tail.tolist(),
-        "state": {name: getattr(cache, name) for name in _STATE},
-        "layers": layers,
-        "rows_sha256": rows,
-    }
-    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1))
+    # Under a name of its own: until the manifest is replaced, the older cache's rows are still there.
+    name = f"rows-{uuid.uuid4().hex[:12]}.safetensors"
+    try:
+        rows = replace_file(folder / name, lambda target: save_file(tensors, target))
+        manifest = {
+            "format": FORMAT,
+            "model": fingerprint(model),
+            "config": cache.config.to_dict(),
+            "basis_sha256": cache.basis_sha256,
+            "tail": cache.tail.tolist(),
+            "state": {key: getattr(cache, key) for key in _STATE},
+            "layers": layers,
+            "rows": name,
+            "rows_sha256": rows,
+        }
+        manifest = json.loads(json.dumps(manifest))  # as it will be read
+        write_atomic(folder / MANIFEST, json.dumps({**manifest, "sha256": _checksum(manifest)}, indent=1))
+    except BaseException:
+        (folder / name).unlink(missing_ok=True)
+        raise
+    for other in folder.glob("rows-*.safetensors"):
+        if other.name != name:
+            other.unlink()
 
 
 def load(path: str | Path, model: PreTrainedModel) -> CompressedCache:
@@ -91,9 +79,12 @@ def load(path: str | Path, model: PreTrainedModel) -> CompressedCache:
     if differing:
         raise ValueError(f"the cache in {folder} is of {saved.get('name')!r}, not of {found['name']!r}: "
                          f"(saved, given) {differing}")
-    if sha256_file(folder / ROWS) != manifest["rows_sha256"]:
-        raise ValueError(f"{folder / ROWS} is damaged: its sha256 is not the one in {MANIFEST}")
-    tensors = load_file(folder / ROWS, device=str(model.device))
+    rows = folder / manifest["rows"]
+    if not rows.is_file():
+        raise ValueError(f"{folder} is incomplete: {rows.name} is missing")
+    if sha256_file(rows) != manifest["rows_sha256"]:
+        raise ValueError(f"{rows} is damaged: its sha256 is not the one in {MANIFEST}")
+    tensors = load_file(rows, device=str(model.device))
     cache = CompressedCache.for_model(CompressionConfig(**manifest["config"]), model)
     if cache.basis_sha256 != manifest.get("basis_sha256"):
         raise ValueError(f"the rows in {folder} are in the coordinates of the basis {manifest.get('basis_sha256')}, "
@@ -117,9 +108,15 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise ValueError(f"{folder / MANIFEST}: unknown format {found!r}; expected {FORMAT!r}")
-    if not (folder / ROWS).is_file():
-        raise ValueError(f"{folder} is incomplete: {ROWS} is missing")
+    saved = manifest.pop("sha256", None)
+    if saved != _checksum(manifest):
+        raise ValueError(f"{folder / MANIFEST} is damaged: its checksum is {saved}, its content's "
+                         f"{_checksum(manifest)}")
     return manifest
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    return sha256(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _pack(layer: CompressedLayer, tensors: dict[str, Tensor]) -> dict[str, Any]:

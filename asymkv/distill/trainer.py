@@ -23,7 +23,7 @@ from asymkv.distill import checkpoints
 from asymkv.distill.losses import IGNORED, cross_entropy_sum, next_tokens
 from asymkv.distill.student import Student
 from asymkv.distill.text import BlockOrder, digest
-from asymkv.serialize import fingerprint
+from asymkv.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -194,7 +194,7 @@ def fit(
         found = measure(trainer.weights(), held_out) if due else found
         progress(step, found if due else {})
     counts = {"passages": len(train), "rows_per_head": trainer.x.shape[1], "held_out": len(held_out)}
-    return trainer.weights(), {"fit": asdict(settings), **counts, **found}
+    return trainer.weights(), {"fit": {**asdict(settings), "least_score": LEAST_SCORE}, **counts, **found}
 
 
 @torch.no_grad()

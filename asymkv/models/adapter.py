@@ -65,10 +65,6 @@ class FamilyAdapter:
                        "output": attention.o_proj}  # fmt: skip
         return {name: plain(name, linear) for name, linear in projections.items()}
 
-    def key_weight(self, attention: Any) -> Tensor:
-        """The weight that keys are projected by, to know a model again."""
-        return weight_of(attention.k_proj)
-
     def scale(self, attention: Any) -> float:
         """Factor of the logits."""
         return attention.scaling

@@ -63,10 +63,6 @@ class GPT2Adapter(FamilyAdapter):
         names = ("query", "key", "value")
         return {**{name: (w.T, b) for name, (w, b) in zip(names, parts, strict=True)}, "output": (weight.T, bias)}
 
-    def key_weight(self, attention: Any) -> Tensor:
-        """See :meth:`FamilyAdapter.key_weight`."""
-        return weight_of(attention.c_attn).split(attention.split_size, dim=1)[1]
-
     def scale(self, attention: Any) -> float:
         """See :meth:`FamilyAdapter.scale`; older transformers divide elsewhere."""
         scale = attention.head_dim**-0.5 if attention.scale_attn_weights else 1.0

@@ -54,7 +54,7 @@ def test_weights_are_shaped_as_in_other_families():
     assert_close("output", adapter.output(attention, x), x @ adapter.output_weight(attention).T + attention.c_proj.bias,
                  1e-6)  # fmt: skip
     q, k, v = adapter.project(attention, x[None])
-    mine = (x @ adapter.key_weight(attention) + attention.c_attn.bias[64:128]).view(3, 2, 32).transpose(0, 1)
+    mine = (x @ attention.c_attn.weight[:, 64:128] + attention.c_attn.bias[64:128]).view(3, 2, 32).transpose(0, 1)
     assert_close("keys", k[0], mine, 1e-6)
 
 

@@ -7,7 +7,8 @@ import torch
 from tiny_models import assert_close, assert_same_rows, left_padded, prompt, tiny_model
 
 import asymkv
-from asymkv.serialize import MANIFEST, ROWS
+from asymkv.fingerprint import fingerprint
+from asymkv.serialize import MANIFEST
 
 SETTINGS = {"budget": 48, "chunk_size": 32, "decode_interval": 8}
 
@@ -60,6 +61,21 @@ def test_another_model_is_refused(tmp_path):
             asymkv.CompressedCache.load(tmp_path / "cache", other)
 
 
+@pytest.mark.parametrize("projection", ["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"])
+def test_a_fine_tuned_model_is_another_one_whatever_was_tuned(tmp_path, projection):
+    """Files of any dtype know it too: signs are sampled, and a tuned weight changes some."""
+    model = tiny_model()
+    make(model, tmp_path)
+    before = fingerprint(model, any_dtype=True)["weights_sha256"]
+    assert fingerprint(tiny_model(dtype=torch.bfloat16), any_dtype=True)["weights_sha256"] == before
+    weight = model.model.layers[-1].get_submodule(projection).weight
+    with torch.no_grad():
+        weight += 0.1 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"not of .*\(saved, given\)"):
+        asymkv.CompressedCache.load(tmp_path / "cache", model)
+    assert fingerprint(model, any_dtype=True)["weights_sha256"] != before
+
+
 def test_damaged_and_missing_files_are_named(tmp_path):
     model = tiny_model()
     make(model, tmp_path)
@@ -67,14 +83,22 @@ def test_damaged_and_missing_files_are_named(tmp_path):
     load = asymkv.CompressedCache.load
     with pytest.raises(ValueError, match="holds no cache"):
         load(tmp_path / "elsewhere", model)
-    rows = (folder / ROWS).read_bytes()
-    (folder / ROWS).write_bytes(rows[:-4] + b"oops")
-    with pytest.raises(ValueError, match="sha256"):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for change in ({"tail": []}, {"config": {**manifest["config"], "budget": 12}}, {"rows": "../other"}):
+        (folder / MANIFEST).write_text(json.dumps({**manifest, **change}))
+        with pytest.raises(ValueError, match="damaged: its checksum"):
+            load(folder, model)
+    (folder / MANIFEST).write_text(json.dumps({k: v for k, v in manifest.items() if k != "layers"}))
+    with pytest.raises(ValueError, match="damaged: its checksum"):
         load(folder, model)
-    (folder / ROWS).unlink()
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    rows = folder / manifest["rows"]
+    rows.write_bytes(rows.read_bytes()[:-4] + b"oops")
+    with pytest.raises(ValueError, match=f"{rows.name} is damaged"):
+        load(folder, model)
+    rows.unlink()
     with pytest.raises(ValueError, match="incomplete"):
         load(folder, model)
-    manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps({**manifest, "format": "other"}))
     with pytest.raises(ValueError, match="unknown format 'other'"):
         load(folder, model)
@@ -83,15 +107,20 @@ def test_damaged_and_missing_files_are_named(tmp_path):
         load(folder, model)
 
 
-def test_a_failed_save_leaves_the_older_cache(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["save_file", "write_atomic"])
+def test_a_failed_save_leaves_the_older_cache(tmp_path, monkeypatch, step):
+    """Whether the rows could not be written, or the manifest after them."""
     model = tiny_model()
     cache = make(model, tmp_path)
-    monkeypatch.setattr("asymkv.serialize.save_file", lambda *a: 1 / 0)
+    before = sorted(p.name for p in (tmp_path / "cache").iterdir())
+    monkeypatch.setattr(f"asymkv.serialize.{step}", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        cache.save(tmp_path / "cache")
+        cache.fork().save(tmp_path / "cache")
     monkeypatch.undo()
     assert asymkv.CompressedCache.load(tmp_path / "cache", model).tokens_seen.tolist() == [93, 63]
-    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [MANIFEST, ROWS]
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == before
+    cache.save(tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # the older rows are gone
 
 
 def test_save_needs_the_model(tmp_path):
