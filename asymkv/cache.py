@@ -94,6 +94,7 @@ class CompressedCache(BudgetLedger, Cache):
         head_dim: size of a key.
         dtype: of keys and values (for byte budgets).
         rope: the model's rotary embedding.
+        heads: query heads per layer (for byte budgets; 0 = queries are not counted).
         projections: of every layer, where rows are stored in fewer dimensions; none = as they are.
         basis_sha256: what those come from.
     """
@@ -109,6 +110,7 @@ class CompressedCache(BudgetLedger, Cache):
         head_dim: int,
         dtype: torch.dtype,
         rope: Rope,
+        heads: int = 0,
         projections: Sequence[Projection] = (),
         basis_sha256: str | None = None,
     ) -> None:
@@ -122,7 +124,7 @@ class CompressedCache(BudgetLedger, Cache):
         projected = any(p.keys is not None for p in projections)
         self.rope = ProjectedRope(rope.rotary) if projected else rope
         widths = [p.widths(head_dim) for p in projections] or [(head_dim, head_dim)] * num_layers
-        self.shape = cache_shape(config, kv_heads, widths, dtype)
+        self.shape = cache_shape(config, kv_heads, widths, dtype, heads)
         self.backend = resolve_backend(config.backend, rope.device, head_dim, dtype, widths)
         self.step: Step | None = None
         self.open_ledger()
@@ -150,8 +152,7 @@ class CompressedCache(BudgetLedger, Cache):
         if not hasattr(rotary, "inv_freq"):
             raise ValueError(f"{type(model).__name__}: no rotary embedding; compressed caches need RoPE")
         heads = model.config.num_attention_heads
-        rows = config.row_dimensions
-        projections, basis = ([], None) if rows is None else rows.prepare(model)
+        projections, basis = config.row_dimensions.prepare(model) if config.row_dimensions else ([], None)
         cache = cls(
             config,
             num_layers=model.config.num_hidden_layers,
@@ -159,6 +160,7 @@ class CompressedCache(BudgetLedger, Cache):
             head_dim=getattr(model.config, "head_dim", None) or model.config.hidden_size // heads,
             dtype=model.dtype,
             rope=Rope(rotary),
+            heads=heads,
             projections=projections,
             basis_sha256=basis,
         )
@@ -199,10 +201,9 @@ class CompressedCache(BudgetLedger, Cache):
         return [[x.long() for x in row] for row in self._rows(layer, "position")]
 
     def _layer(self, index: int) -> CompressedLayer:
-        layer = self.layers[index]
-        if not layer.is_initialized:
+        if not self.layers[index].is_initialized:
             raise ValueError(f"layer {index} of this cache holds no rows yet")
-        return layer
+        return self.layers[index]
 
     def _rows(self, index: int, name: str) -> list[list[Tensor]]:
         layer = self._layer(index)
@@ -247,8 +248,8 @@ class CompressedCache(BudgetLedger, Cache):
         return not self.config.options.compresses
 
     def __repr__(self) -> str:
-        seen = self.tokens_seen.tolist()
-        return f"CompressedCache({self.config.describe()}, tokens_seen={seen}, rows<={self.max_rows()})"
+        seen, rows = self.tokens_seen.tolist(), self.max_rows()
+        return f"CompressedCache({self.config.describe()}, tokens_seen={seen}, rows<={rows})"
 
     # -- one forward ---------------------------------------------------------------------------------------------
     def start_call(self, counts: list[int]) -> list[bool]:
@@ -338,8 +339,7 @@ class CompressedCache(BudgetLedger, Cache):
 
     def _select(self, rows: list[int]) -> None:
         for name in ("prompt_tokens", "pending", "expected_prompt", "prompt_until"):
-            values = getattr(self, name)
-            setattr(self, name, [values[r] for r in rows] if values else [])
+            setattr(self, name, [getattr(self, name)[r] for r in rows] if getattr(self, name) else [])
         self.tail = self.tail[rows]
 
     def reset(self) -> None:

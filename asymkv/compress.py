@@ -87,6 +87,8 @@ def compress_many(
     Raises:
         ValueError: as :func:`compress`, and for settings that cannot share a prefill.
     """
+    if isinstance(configs, (str, Path, CompressionConfig)):
+        raise ValueError(f"configs is a sequence of settings, found {configs!r}; compress takes a single one")
     if isinstance(context, str):
         if attention_mask is not None:
             raise ValueError("attention_mask belongs to token ids; found a text")
@@ -179,6 +181,8 @@ def patched(model: PreTrainedModel, config: CompressionConfig) -> Iterator[None]
 
 def _tokens(tokenizer: Any, context: str, chat: bool, system: str | None) -> tuple[Tensor, int, str]:
     """Ids ``[1, t]`` of a context, how many of them are its prefix, and the state of the conversation."""
+    if tokenizer is None:
+        raise ValueError("a text takes a tokenizer, found None; pass the model's, or token ids instead of the text")
     if chat and getattr(tokenizer, "chat_template", None) is not None:
         prefix = encode(tokenizer, chat_text(tokenizer, system).prefix)
         dialogue = OPEN
@@ -194,9 +198,12 @@ def _tokens(tokenizer: Any, context: str, chat: bool, system: str | None) -> tup
 
 
 def _spelled(config: CompressionConfig, tokenizer: Any, prefix: int | None) -> CompressionConfig:
-    """Settings that need no tokenizer any more; the prefix is the one that was put there."""
+    """Settings that need no tokenizer any more; the prefix is the one that was put there.
+
+    Without a tokenizer the method loads the model's own.
+    """
     method = config.options
-    if not isinstance(method, KVzip):
+    if not isinstance(method, KVzip) or tokenizer is None:
         return config
     given = {} if method.tokenizer is not None else method.spelled(tokenizer)
     if prefix is not None and method.prefix in (None, TEMPLATE):

@@ -160,6 +160,11 @@ class CompressionConfig:
         """The position policy in force."""
         return self.position_policy or self.options.position_policy
 
+    @property
+    def given(self) -> tuple[str, ...]:
+        """General settings that somebody gave, not this class or the method."""
+        return tuple(self._given)  # type: ignore[attr-defined]
+
     def to_dict(self) -> dict[str, Any]:
         """All settings, method options included, such that ``CompressionConfig(**d)`` equals this."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "options"}
@@ -177,7 +182,7 @@ class CompressionConfig:
 
         What the method set because nobody did is set anew: it may follow the settings that change.
         """
-        base = {name: getattr(self, name) for name in self._given}  # type: ignore[attr-defined]
+        base = {name: getattr(self, name) for name in self.given}
         if overrides.get("method", self.method) == self.method:
             base.update(self.options.to_dict())
         for name, other in (("budget", "ratio"), ("ratio", "budget")):

@@ -197,7 +197,7 @@ def _table(source: ScoreSource, model: PreTrainedModel, kind: str, option: str) 
         if "entropy" in (kind, found.kind) and kind != found.kind:
             raise ValueError(f"{source} holds {found.kind} scores; {option} needs {kind} scores")
         return found.table
-    pattern = read_pattern(source)[0]
+    pattern = read_pattern(source, model)[0]
     check_table(pattern.tolist(), layers, heads, f"{option} in {source}")
     return pattern
 
@@ -213,16 +213,21 @@ def check_table(table: Any, layers: int, heads: int, name: str) -> None:
         raise ValueError(f"{name} must be finite numbers; found {bad[:3]}")
 
 
-def read_pattern(folder: str | Path) -> tuple[Tensor, int, int]:
+def read_pattern(folder: str | Path, model: PreTrainedModel | None = None) -> tuple[Tensor, int, int]:
     """A head pattern as DuoAttention ships them (arXiv 2410.10819): gates in [0, 1], sink and recent size.
 
-    Nothing in such a folder names its model: only the shape can be checked.
+    Its configuration names the model that the pattern was made for; folders that :func:`write_pattern` wrote are also
+    bound to the weights. Models of one size have patterns of one shape.
+
+    Args:
+        folder: of ``full_attention_heads.tsv`` and ``config.json``.
+        model: the model that it must belong to; None: not checked.
 
     Returns:
         ``[L, H_kv]`` fp64, ``sink_size``, ``recent_size``.
 
     Raises:
-        ValueError: for a folder without the two files, or numbers that are none or out of range.
+        ValueError: for a folder without the two files, numbers that are none or out of range, or another model.
     """
     path = Path(folder) / PATTERN_FILE
     if not path.is_file():
@@ -231,6 +236,8 @@ def read_pattern(folder: str | Path) -> tuple[Tensor, int, int]:
     missing = [k for k in ("sink_size", "recent_size") if k not in settings]
     if missing:
         raise ValueError(f"{Path(folder) / PATTERN_CONFIG} holds {sorted(settings)}; missing: {missing}")
+    if model is not None:
+        _check_pattern(Path(folder) / PATTERN_CONFIG, settings, model)
     lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     try:
         rows = [[float(x) for x in line] for line in lines]
@@ -243,13 +250,35 @@ def read_pattern(folder: str | Path) -> tuple[Tensor, int, int]:
     return table, int(settings["sink_size"]), int(settings["recent_size"])
 
 
-def write_pattern(folder: str | Path, table: Tensor, *, sink_size: int, recent_size: int) -> None:
-    """Writes ``table [L, H_kv]``, numbers from 0 to 1, in DuoAttention's format."""
+def _check_pattern(path: Path, settings: dict[str, Any], model: PreTrainedModel) -> None:
+    """Raises ValueError where a pattern's configuration speaks of another model."""
+    given = model_of(model)
+    if "model" in settings:
+        differing = check_model(settings["model"], given)
+        if differing:
+            raise ValueError(f"{path}: a head pattern of {settings['model'].get('name')!r}, not of {given['name']!r}: "
+                             f"(file, given) {differing}")
+        return
+    named = settings.get("model_name")
+    if named and given["name"] and Path(named).name.lower() != Path(given["name"]).name.lower():
+        raise ValueError(f"{path}: a head pattern of {named!r}, not of {given['name']!r}; if that is the same model, "
+                         "take model_name out of the file")
+
+
+def write_pattern(
+    folder: str | Path, table: Tensor, *, sink_size: int, recent_size: int, model: Mapping[str, Any] | None = None
+) -> None:
+    """Writes ``table [L, H_kv]``, numbers from 0 to 1, in DuoAttention's format.
+
+    ``model``: what it was measured on, from :func:`model_of`; DuoAttention reads past it.
+    """
     if bool((table < 0).any() or (table > 1).any()):
         raise ValueError(f"a head pattern holds numbers from 0 to 1; found {table.min():.3g} to {table.max():.3g}")
     lines = ["\t".join(repr(x) for x in row) for row in table.double().tolist()]
     write_atomic(Path(folder) / PATTERN_FILE, "\n".join(lines) + "\n")
-    sizes = {"sink_size": sink_size, "recent_size": recent_size}
+    sizes: dict[str, Any] = {"sink_size": sink_size, "recent_size": recent_size}
+    if model is not None:
+        sizes |= {"model_name": model["name"], "model": dict(model)}
     write_atomic(Path(folder) / PATTERN_CONFIG, json.dumps(sizes) + "\n")
 
 

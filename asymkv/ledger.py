@@ -19,10 +19,11 @@ logger = logging.getLogger(__name__)
 
 # cardinality (int32), log n (fp32) and position (int32) of a row
 METADATA_BYTES = 12
+POSITION_BYTES = 8  # int64, of a remembered query
 
 
 def cache_shape(
-    config: CompressionConfig, kv_heads: int, widths: list[tuple[int, int]], dtype: torch.dtype
+    config: CompressionConfig, kv_heads: int, widths: list[tuple[int, int]], dtype: torch.dtype, heads: int = 0
 ) -> CacheShape:
     """What byte budgets need to know of a cache.
 
@@ -30,13 +31,16 @@ def cache_shape(
         config: the settings.
         kv_heads: KV heads per layer.
         widths: stored sizes of keys and values, per layer.
-        dtype: of keys and values.
+        dtype: of keys, values and queries.
+        heads: query heads per layer, for methods that remember decode queries; 0 = none are.
     """
     uneven = type(config.head_split) is not HeadBudgets or type(config.layer_split) is not LayerBudgets
     statistics = [config.options.row_bytes(key, dtype, config) for key, _ in widths]
     rows = [sum(w) * dtype.itemsize + METADATA_BYTES + s for w, s in zip(widths, statistics, strict=True)]
     # Where layers may hold different numbers of rows, all of them could be in the widest.
-    return CacheShape(len(widths), kv_heads, max(rows) if uneven else -(-sum(rows) // len(rows)), uneven)
+    queries = config.options.query_window if config.options.needs & {"queries", "attention"} else 0
+    ring = sum(queries * (heads * key * dtype.itemsize + POSITION_BYTES) for key, _ in widths) if heads else 0
+    return CacheShape(len(widths), kv_heads, max(rows) if uneven else -(-sum(rows) // len(rows)), uneven, ring)
 
 
 class BudgetLedger:

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from asymkv.attention import Seen, compact_due, rotary_of_new, rotate_new, settle
+from asymkv.budgets.rows import resolve_rows
 from asymkv.cache import CompressedCache, Step
 from asymkv.layer import CompressedLayer
 from asymkv.models.adapter import FamilyAdapter
@@ -110,13 +111,15 @@ class Reconstruction:
         """Before the forward: everything that can be refused is refused here.
 
         Raises:
-            ValueError: for embeddings, or if the words cannot be had.
+            ValueError: for embeddings, if the words cannot be had, or where a kept prefix fills the budget.
         """
         if ids is None:
             raise ValueError(f"method {cache.config.method!r} repeats the prompt and needs its token ids; found "
                              "inputs_embeds")
         wording = cache.config.options.wording_for(lm)  # type: ignore[attr-defined]
         seen = cache.layers[0].tokens or [0] * len(counts)
+        tokens = [n + before for n, before in zip(counts, cache.prompt_tokens or [0] * len(counts), strict=True)]
+        _check_prefix(cache, wording.prefix, tokens)
         skip = [min(max(wording.prefix - s, 0), n) for s, n in zip(seen, counts, strict=True)]
         return cls(adapter, lm, cache, ids, wording, skip)
 
@@ -183,6 +186,17 @@ def replay(
     )
 
 
+def _check_prefix(cache: CompressedCache, prefix: int, tokens: list[int]) -> None:
+    """Raises ValueError where a prefix that is always kept fills the budget of a prompt of so many tokens."""
+    method: KVzip = cache.config.options  # type: ignore[assignment]
+    if not method.compresses:
+        return
+    config = cache.config
+    allowed, _ = resolve_rows(config.budget, config.ratio, config.minimum_rows, tokens, cache.shape)
+    for rows, count in zip(allowed, tokens, strict=True):
+        method.check_prefix(prefix, rows, count)
+
+
 def compact_scored(cache: CompressedCache, step: Step) -> None:
     """Lets every layer judge by the scores that are stored now; layers that do not wait are compacted."""
     step.hold = False
@@ -201,6 +215,8 @@ def prune(cache: CompressedCache, ratio: float | None, budget: int | str | None)
     out = cache.fork()
     out.config = cache.config.replace(ratio=ratio, budget=budget, retain=False)
     batch = len(out.prompt_tokens)
+    if isinstance(prefix := getattr(out.config.options, "prefix", None), int):
+        _check_prefix(out, prefix, out.prompt_tokens)
     requests = out.requests([1] * batch, [True] * batch)
     nothing = torch.zeros(batch, 0, dtype=torch.long)
     due = out.exceeding(requests, [0] * batch)

@@ -181,7 +181,8 @@ def measure_own(
     if missing:
         peers.check([cell.press for cell in presses if cell.press])
     own = [cell for cell in cells if not isinstance(cell, PressArm)]
-    return measure_cells(args, experiment, inputs, run, [fidelity.without_context(), *own], {}), missing
+    cells, conditions = [fidelity.without_context(), *own], {"share_prefill": args.share_prefill}
+    return measure_cells(args, experiment, inputs, run, cells, conditions), missing
 
 
 def measure_presses(

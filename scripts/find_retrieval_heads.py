@@ -81,8 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     for kind, scores in found.items():
         print(f"{kind}: {scores.save(None if args.out is None else args.out / f'{kind}.json')}")
     if args.duo_pattern is not None:
-        table = next(iter(found.values())).table
-        write_pattern(args.duo_pattern, table / table.max().clamp(min=1), sink_size=64, recent_size=256)
+        first = next(iter(found.values()))
+        table = first.table / first.table.max().clamp(min=1)
+        write_pattern(args.duo_pattern, table, sink_size=64, recent_size=256, model=first.model)
     report(found, args.share)
     return 0
 

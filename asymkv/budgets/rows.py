@@ -22,13 +22,15 @@ SLACK_SHARE = 16
 class CacheShape:
     """What a byte budget needs to know of a model: layers, KV heads, and bytes per row with its metadata.
 
-    ``uneven``: heads or layers may hold different numbers of rows.
+    ``uneven``: heads or layers may hold different numbers of rows. ``fixed_bytes``: of the whole cache of a sequence,
+    whatever its rows (decode queries that the next compaction judges by).
     """
 
     layers: int
     kv_heads: int
     row_bytes: int
     uneven: bool = False
+    fixed_bytes: int = 0
 
 
 def capacity_for(rows: int) -> int:
@@ -62,7 +64,7 @@ def validate_budget(budget: int | str | None, minimum_rows: int) -> None:
 
 def rows_for_bytes(total: int, shape: CacheShape) -> int:
     """Most rows per KV head such that one sequence's cache, spare rows included, fits into ``total`` bytes."""
-    per_head = total // (shape.layers * shape.kv_heads * shape.row_bytes)
+    per_head = max(total - shape.fixed_bytes, 0) // (shape.layers * shape.kv_heads * shape.row_bytes)
     if shape.uneven:
         # However the rows are spread, a head's spare rows are at most SLACK_ROWS and its share of its own rows.
         return max((per_head - SLACK_ROWS) * SLACK_SHARE // (SLACK_SHARE + 1), 0)
@@ -95,6 +97,7 @@ def resolve_rows(
     if rows < minimum_rows:
         raise ValueError(
             f"budget={budget!r} is {rows} rows per KV head here ({shape.layers} layers x {shape.kv_heads} KV heads x "
-            f"{shape.row_bytes} bytes a row); needed: at least sink_size + window_size + 1 = {minimum_rows}"
+            f"{shape.row_bytes} bytes a row, {shape.fixed_bytes} bytes of queries); "
+            f"needed: at least sink_size + window_size + 1 = {minimum_rows}"
         )
     return [rows] * len(prompt_tokens), [False] * len(prompt_tokens)

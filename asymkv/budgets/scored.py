@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # RazorAttention's retrieval heads: the best 14 % by induction score and the best 1 % by echo score.
 INDUCTION_SHARE, ECHO_SHARE = 0.14, 0.01
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +186,9 @@ class Retrieval(ScoredHeads):
         if config.ratio is not None:
             raise ValueError(f"recent={self.recent} of head_budgets='retrieval' says what is kept; ratio must be None, "
                              f"found {config.ratio}")
+        if "budget" in config.given:
+            logger.warning("budget=%r is not used: recent=%d of head_budgets='retrieval' says what is kept",
+                           config.budget, self.recent)
 
     def combine(self, found: dict[str, Tensor]) -> Tensor:
         """The score; or, for a union of two lists, minus the number of best heads at which each head is among them."""

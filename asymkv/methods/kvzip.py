@@ -120,9 +120,13 @@ class KVzip(Method):
         Raises:
             ValueError: for a budget that the prefix fills.
         """
-        prefix = self.prefix if self.keep_prefix and isinstance(self.prefix, int) else 0
         rows = config.budget if config.ratio is None else int(config.ratio * tokens)
-        if isinstance(rows, int) and prefix >= rows < tokens and self.compresses:
+        if isinstance(rows, int) and isinstance(self.prefix, int):
+            self.check_prefix(self.prefix, rows, tokens)
+
+    def check_prefix(self, prefix: int, rows: int, tokens: int) -> None:
+        """Raises ValueError where ``prefix`` rows that are always kept leave none of ``rows`` to a longer prompt."""
+        if self.keep_prefix and prefix >= rows < tokens and self.compresses:
             raise ValueError(f"prefix={prefix} rows are always kept, and {rows} rows per KV head hold nothing else; "
                              "give a larger budget or ratio, or keep_prefix=False")
 

@@ -29,7 +29,7 @@ def biased_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, 
         q = query.reshape(batch * kv_heads, group, queries, dim)
         k = keys.reshape(-1, 1, rows, dim).expand(-1, group, -1, -1)
         v = values.reshape(-1, 1, rows, dim).expand(-1, group, -1, -1)
-    out, lse = _kernel(q, k, v, bias.expand(-1, q.shape[1], q.shape[2], -1), scale)
+    out, lse = _kernel(q, k, v, bias, scale)
     out, lse = out.reshape(batch, heads, queries, dim), lse.reshape(batch, heads, queries)
     # A query that sees nothing is 0/0 in the kernels; the contract says 0 and -inf. Whoever sees row 0 sees something.
     if bool(torch.isneginf(bias[..., 0]).any()) and bool((unseen := torch.isneginf(bias).all(-1)).any()):
@@ -81,15 +81,17 @@ def _fused(query: Tensor) -> bool:
 def _kernel(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, is_causal: bool = False
 ) -> tuple[Tensor, Tensor]:
+    """A fused kernel's output and log-sum-exp; ``bias`` broadcasts, and is expanded last: then it takes no memory."""
     aten = torch.ops.aten
+    shape = (-1, q.shape[1], q.shape[2], -1)
     if q.device.type == "cpu":
         # fp64 takes an fp64 mask; half types take an fp32 one, which keeps log n exact.
-        mask = None if bias is None else bias.to(reference.compute_dtype(q))
+        mask = None if bias is None else bias.to(reference.compute_dtype(q)).expand(shape)
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale
         )
         return out, lse
-    mask = None if bias is None else _aligned(bias.to(q.dtype))
+    mask = None if bias is None else _aligned(bias.to(q.dtype)).expand(shape)
     out, lse, *_ = aten._scaled_dot_product_efficient_attention(
         q, k, v, mask, True, 0.0, is_causal, scale=scale
     )
@@ -99,5 +101,4 @@ def _kernel(
 def _aligned(bias: Tensor) -> Tensor:
     """The memory-efficient kernel wants rows of the mask to start at multiples of 16 bytes."""
     rows = bias.shape[-1]
-    padded = torch.nn.functional.pad(bias[:, :1], (0, -rows % 8))
-    return padded[..., :rows].expand(bias.shape)
+    return torch.nn.functional.pad(bias, (0, -rows % 8))[..., :rows]

@@ -179,8 +179,10 @@ def test_byte_budget_is_kept_and_used(model, size, settings):
     with asymkv.replace("llama", model=model, budget=size, chunk_size=100, sink_size=2, window_size=4,
                         decode_interval=0, **settings):  # fmt: skip
         cache = model(prompt(600)).past_key_values
+        for token in range(3):  # decode queries are remembered
+            model(torch.tensor([[token]]), past_key_values=cache)
     tables = sum(t.nbytes for layer in cache.layers for t in layer.storage._tables.values())
-    assert 0.75 * total < cache.nbytes - tables <= total
+    assert 0.7 * total < cache.nbytes - tables <= total
 
 
 def test_ratio_counts_own_tokens_and_reports_a_raise(model, caplog):

@@ -116,6 +116,12 @@ def test_bad_arguments(chat):
         asymkv.compress(model, tokenizer, TEXT, attention_mask=torch.ones(1, 80))
     with pytest.raises(ValueError, match="system belongs to a text"):
         asymkv.compress(model, tokenizer, prompt(20), system="w1")
+    with pytest.raises(ValueError, match="a text takes a tokenizer, found None"):
+        asymkv.compress(model, None, TEXT)
+    with pytest.raises(ValueError, match="takes a tokenizer, and .* gives none"):
+        asymkv.compress(model, None, prompt(20), "kvzip", ratio=0.5)
+    with pytest.raises(ValueError, match="configs is a sequence of settings, found 'snapkv'"):
+        asymkv.compress_many(model, tokenizer, TEXT, "snapkv")
     cache = asymkv.compress(model, tokenizer, prompt(20), method="full")
     with pytest.raises(ValueError, match="the question holds no token"):
         asymkv.ask(model, tokenizer, cache, "")

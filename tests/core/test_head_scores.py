@@ -141,6 +141,22 @@ def test_duo_attention_pattern_round_trip(tmp_path):
         head_scores.write_pattern(tmp_path, TABLE * 2, sink_size=64, recent_size=256)
 
 
+def test_a_pattern_of_another_model_is_refused_whatever_its_shape(tmp_path):
+    """DuoAttention's own files name their model; ours are bound to its weights."""
+    model = tiny_model()
+    model.config._name_or_path = "hub/Tiny-Model"
+    head_scores.write_pattern(tmp_path, TABLE, sink_size=64, recent_size=256, model=head_scores.model_of(model))
+    head_scores.read_pattern(tmp_path, model)
+    with pytest.raises(ValueError, match=r"pattern of 'hub/Tiny-Model', not of .*weights_sha256"):
+        head_scores.resolve(tmp_path, tiny_model(seed=5), ("induction",), "head_scores")
+    theirs = {"sink_size": 64, "recent_size": 256, "model_name": "models/Tiny-Model"}
+    (tmp_path / "config.json").write_text(json.dumps(theirs))
+    head_scores.read_pattern(tmp_path, model)
+    (tmp_path / "config.json").write_text(json.dumps({**theirs, "model_name": "models/Other"}))
+    with pytest.raises(ValueError, match="pattern of 'models/Other', not of 'hub/Tiny-Model'"):
+        head_scores.read_pattern(tmp_path, model)
+
+
 @pytest.mark.parametrize(("tsv", "config", "message"), [
     (None, "{}", "full_attention_heads.tsv is missing"),
     ("0.5\t0.5\n", None, "no file .*config.json"),

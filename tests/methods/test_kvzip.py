@@ -221,7 +221,7 @@ def test_defaults_of_the_levels():
     assert asymkv.CompressionConfig("kvzip", layer_budgets="uniform").layer_budgets == "uniform"
 
 
-@pytest.mark.parametrize("size", [{"budget": 30}, {"ratio": 0.15}])
+@pytest.mark.parametrize("size", [{"budget": 30}, {"ratio": 0.15}, {"budget": "20KiB"}])
 def test_a_prefix_that_fills_the_budget_is_refused(size):
     model = tiny_model()
     settings = {"method": "kvzip", "prefix": 30, **OPTIONS["kvzip"], **size}
@@ -229,3 +229,12 @@ def test_a_prefix_that_fills_the_budget_is_refused(size):
         model(prompt(200))
     with asymkv.replace("llama", model=model, keep_prefix=False, **settings):
         assert model(prompt(200)).past_key_values.num_rows(0).sum() > 0
+
+
+def test_a_prefix_that_fills_a_smaller_budget_is_refused_when_it_is_pruned_to():
+    model = tiny_model()
+    with asymkv.replace("llama", model=model, method="kvzip", prefix=30, retain=True, **OPTIONS["kvzip"]):
+        cache = model(prompt(200)).past_key_values
+    assert cache.prune(budget=40).max_rows() > 30
+    with pytest.raises(ValueError, match="prefix=30 rows are always kept, and 20 rows"):
+        cache.prune(budget=20)
