@@ -8,6 +8,7 @@ all_classes, _id``.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import zipfile
@@ -287,3 +288,11 @@ def _identify(dataset: str, rows: list[Row]) -> None:
 def ids_sha256(ids: Iterable[str]) -> str:
     """Digest of an ordered list of row ids: two results with the same digest are of the same rows."""
     return files.sha256("\n".join(ids).encode("utf-8"))
+
+
+def contents_sha256(rows: Iterable[Row]) -> str:
+    """Digest of all fields of rows, in their order: ids say nothing of a text that was cut or answered otherwise."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
+    return digest.hexdigest()

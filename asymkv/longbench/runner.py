@@ -324,6 +324,7 @@ def run_settings(arm: BaseArm, work: Work, subject: Subject) -> Record:
     for dataset, rows in work.rows.items():
         task = work.tasks[dataset]
         settings[f"rows.{dataset}"] = data.ids_sha256(row["_id"] for row in rows)
+        settings[f"contents.{dataset}"] = data.contents_sha256(rows)
         settings[f"prompt.{dataset}"] = task.sha256
     # None would mean "says nothing" to the record folder; an unset budget is a statement.
     plain = json.loads(json.dumps(settings, default=str))

@@ -53,6 +53,10 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(inputs: Path, sub
     fewer.rows[TASK].pop()
     with pytest.raises(ValueError, match=rf"rows\.{TASK}"):
         runner.run(fewer, subject, tmp_path, ALONE)
+    edited = make_work(inputs, methods=("streaming_llm",))
+    edited.rows[TASK][0] = {**edited.rows[TASK][0], "context": "other words under the same id"}
+    with pytest.raises(ValueError, match=rf"other settings: contents\.{TASK} differ"):
+        runner.run(edited, subject, tmp_path, ALONE)
 
 
 def test_an_arm_of_another_model_or_other_rows_does_not_join_a_folder(inputs: Path, subject, tmp_path: Path) -> None:
@@ -67,7 +71,7 @@ def test_a_worker_with_other_rows_is_refused_before_it_measures(inputs: Path, su
     runner.run(make_work(inputs, methods=("full",)), subject, tmp_path, ALONE)
     work = make_work(inputs, methods=("full", "kvpress:KnormPress"))
     work.rows[TASK].pop()
-    with pytest.raises(ValueError, match=rf"full holds results of other settings: rows\.{TASK} differ"):
+    with pytest.raises(ValueError, match=rf"full holds results of other settings: contents\.{TASK}, rows\.{TASK} differ"):
         run_presses(work, subject, tmp_path, ALONE)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
