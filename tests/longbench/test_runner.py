@@ -71,7 +71,7 @@ def test_a_worker_with_other_rows_is_refused_before_it_measures(inputs: Path, su
     runner.run(make_work(inputs, methods=("full",)), subject, tmp_path, ALONE)
     work = make_work(inputs, methods=("full", "kvpress:KnormPress"))
     work.rows[TASK].pop()
-    with pytest.raises(ValueError, match=rf"full holds results of other settings: contents\.{TASK}, rows\.{TASK} differ"):
+    with pytest.raises(ValueError, match=rf"full holds results of other settings: .*rows\.{TASK} differ"):
         run_presses(work, subject, tmp_path, ALONE)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 

@@ -7,6 +7,7 @@ from tiny_models import assert_close, assert_lse, tiny_model
 from asymkv import lma_attention
 from asymkv.layer import CompressedLayer
 from asymkv.ops import ragged_attention, reference, row_bias, sdpa
+from asymkv.ops.backends import MIN_CHUNK_APART
 from asymkv.ops.reference import causal_tail_bias
 from asymkv.plan import CompactionPlan, contract_pairs, keep_rows
 from asymkv.rope import Rope
@@ -132,10 +133,11 @@ def test_a_chunk_behind_older_rows_attends_as_the_reference_does(rows, dtype):
         plan = keep_rows(keep)
     layer.carry_out(plan, layer.view(rope, 0.25))
     assert layer.storage.even == (rows == "even") and layer.storage.merged == (rows == "merged")
-    chunk = torch.randn(2, 2, 2, 7, 16, dtype=torch.float64).to(dtype)
+    chunk = torch.randn(2, 2, 2, MIN_CHUNK_APART, 16, dtype=torch.float64).to(dtype)
     layer.append(*chunk)
-    query = (4 * torch.randn(2, 6, 7, 16, dtype=torch.float64)).to(dtype)
-    given = {"query_positions": torch.arange(24, 31).expand(2, -1), "counts": [7, 7]}
+    query = (4 * torch.randn(2, 6, MIN_CHUNK_APART, 16, dtype=torch.float64)).to(dtype)
+    new = torch.arange(24, 24 + MIN_CHUNK_APART)
+    given = {"query_positions": new.expand(2, -1), "counts": [MIN_CHUNK_APART] * 2}
     ref, ref_lse = ragged_attention(query.double(), _in_fp64(layer), backend="reference", **given)
     out, lse = ragged_attention(query, layer, backend="sdpa", **given)
     rtol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
