@@ -42,8 +42,6 @@ EXTRA = {
     "h2o_global": {"method": "h2o", "layer_budgets": "global"},
     "h2o_variance": {"method": "h2o", "layer_budgets": "variance"},
     "kvmerger_counts": {"method": "kvmerger", "count_bias": True},
-    "kvzip_head": {"method": "kvzip", "level": "head"},
-    "kvzip_uniform": {"method": "kvzip", "level": "pair_uniform"},
     "razor_unbiased": {"method": "razor", "count_bias": False, "mean_after_rope": False},
     "asymkv_zack": {"method": "asymkv", "dimensions": zack(), "key_weights": "output_error"},
     "criticalkv_zack": {"method": "criticalkv", "dimensions": zack(ranks="energy", multiple=2, least=2)},
@@ -60,6 +58,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "duo_attention_paper": {"sink_size": 4, "recent_size": 12, "window_size": 8},
     "razor_paper": {"least_recent": 12, "window_size": 8},
     "kvpress_kvzip": {"prefix": 6},
+    "kvzip_paper": {"prefix": 4},
 }
 
 
