@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -186,6 +187,25 @@ class CompressionConfig:
         return CompressionConfig(**{**base, **overrides})
 
     @classmethod
+    def named(cls, name: str, **overrides: Any) -> CompressionConfig:
+        """Settings of a registered method, or what :meth:`load` takes.
+
+        Raises:
+            ValueError: for a name that is neither a method nor a settings file; lists both.
+        """
+        from asymkv.methods import METHODS
+
+        if name in METHODS:
+            return cls(name, **overrides)
+        shipped = _shipped()
+        if name not in shipped and not Path(name).is_file():
+            near = difflib.get_close_matches(name, {*METHODS, *shipped}, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"unknown method {name!r}{hint}; methods: {sorted(METHODS)}; shipped settings: {shipped}; "
+                             "or the path of a yaml file")  # fmt: skip
+        return cls.load(name, **overrides)
+
+    @classmethod
     def load(cls, name_or_path: str | Path, **overrides: Any) -> CompressionConfig:
         """Settings from a yaml file, or from a shipped one by its name (``"asymkv"``).
 
@@ -197,8 +217,7 @@ class CompressionConfig:
             try:
                 path = config_path(f"methods/{name_or_path}.yaml")
             except FileNotFoundError:
-                shipped = sorted(p.stem for p in (config_root() / "methods").glob("*.yaml"))
-                raise ValueError(f"no settings file {str(name_or_path)!r}; shipped names: {shipped}") from None
+                raise ValueError(f"no settings file {str(name_or_path)!r}; shipped names: {_shipped()}") from None
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict):
             raise ValueError(f"{path.name} must hold a mapping of settings; found {type(data).__name__}")
@@ -209,6 +228,11 @@ class CompressionConfig:
 
 
 _FIELDS = frozenset(f.name for f in dataclasses.fields(CompressionConfig)) - {"options"}
+
+
+def _shipped() -> list[str]:
+    """Names of the shipped settings."""
+    return sorted(path.stem for path in (config_root() / "methods").glob("*.yaml"))
 
 
 def _plain(value: Any) -> Any:

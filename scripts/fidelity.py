@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from asymkv.arguments import DTYPES, not_negative, positive
 from asymkv.longbench import fidelity, models, peers, runner, suites
 from asymkv.longbench.checks import check_asked
 from asymkv.longbench.data import Row, Task, load_tasks
@@ -65,7 +66,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sample", help="sample file instead of the experiment's, or 'all' for every row of --tasks")
     add("--tasks", nargs="+", help="only these tasks")
     add("--options", type=suites.parse_options, default={}, metavar="JSON", help="settings of rows, as scripts/pred.py")
-    add("--max-rows", type=int, help="only the first so many rows of each task; 0 = texts only")
+    add("--max-rows", type=not_negative, help="only the first so many rows of each task; 0 = texts only")
     add("--texts", type=Path, help="folder of .txt files for perplexity and KL divergence")
     # how it is run
     add("--model", default=["smollm2"], nargs="+", help="short names, hub ids or folders")
@@ -73,8 +74,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--no-chat-template", action="store_true", help="ask every task without the chat template")
     add("--protocol", choices=PROTOCOLS, default="context", help="what is in view while compressing")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    add("--dtype", default="bfloat16", help="of weights and cache")
-    add("--threads", type=int, default=1, help="torch threads")
+    add("--dtype", default="bfloat16", choices=DTYPES, help="of weights and cache")
+    add("--threads", type=positive, default=1, help="torch threads")
     add("--shard", type=Shard.parse, default=Shard(), help="i/n: this process takes rows i, i + n, ...")
     add("--share-prefill", action="store_true",
         help="one prefill for all cells that judge the whole prompt at once: the same numbers but for times, which "
@@ -83,7 +84,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--report-only", action="store_true", help="rebuild tables and figure from the folder's records")
     add("--write-sample", type=Path, metavar="FILE", help="choose a standing sample from --data-dir")
     add("--half", choices=HALVES, help="of --write-sample: contexts of one half; --sample's rows count as reported")
-    add("--rows-per-task", type=int, default=ROWS_PER_TASK, help="of --write-sample")
+    add("--rows-per-task", type=positive, default=ROWS_PER_TASK, help="of --write-sample")
     add(peers.WORKER_FLAG, action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.out is None and args.write_sample is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from asymkv.arguments import DTYPES
 from asymkv.experiments.arms import Sizes, ablation_arms, load_suite, method_arms
 from asymkv.experiments.report import write_report
 from asymkv.experiments.suite import Options, run_suite
@@ -30,7 +31,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     add("--sample_size", type=int, default=10, help="windows of each length, and articles and rows of each task")
     add("--seed", type=int, default=42, help="of torch; windows and greedy answers do not depend on it")
     add("--fp16", action="store_true", help="the same as --dtype float16")
-    add("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
+    add("--dtype", default="auto", choices=DTYPES, help="auto: the checkpoint's")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, help="torch threads")
     compression = parser.add_argument_group("compression")

@@ -214,9 +214,8 @@ def _make_arm(name: str, common: Mapping[str, Any], own: Mapping[str, Any]) -> A
 
     if name in (FULL, NONE):
         return Arm(name, CompressionConfig(method=FULL, **own), bare=name == NONE)
-    if name in METHODS:
-        return Arm(name, CompressionConfig(method=name, **{**common, **own}))
-    return Arm(Path(name).stem, CompressionConfig.load(name, **{**common, **own}))
+    label = name if name in METHODS else Path(name).stem
+    return Arm(label, CompressionConfig.named(name, **{**common, **own}))
 
 
 def allowed_rows(config: CompressionConfig, tokens: int) -> int | None:

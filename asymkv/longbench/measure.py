@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from asymkv.checks import check_integer
 from asymkv.longbench import retention
 from asymkv.longbench.arms import BaseArm
 from asymkv.longbench.data import Row, Task
@@ -62,6 +63,9 @@ class Protocol:
     def __post_init__(self) -> None:
         if self.name not in retention.PROTOCOLS:
             raise ValueError(f"unknown protocol {self.name!r}; choose from {', '.join(retention.PROTOCOLS)}")
+        if self.max_new_tokens is not None:
+            check_integer("max_new_tokens", self.max_new_tokens, 1)
+        check_integer("max_gold_tokens", self.max_gold_tokens, 1)
 
 
 @torch.no_grad()
