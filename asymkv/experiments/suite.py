@@ -20,7 +20,7 @@ from asymkv.experiments.corpus import digest, read_articles, read_text, windows
 from asymkv.experiments.measure import Record, measure_text
 from asymkv.experiments.tasks import answer_row, summarise
 from asymkv.longbench import models, runner
-from asymkv.longbench.arms import StoredTooMuchError
+from asymkv.longbench.arms import ArmError
 from asymkv.longbench.data import load_rows, load_tasks
 from asymkv.longbench.measure import Protocol, Subject
 from asymkv.longbench.records import RecordFolder
@@ -150,7 +150,7 @@ class Suite:
                 break
         try:
             found = found or job.run(arm)
-        except (ValueError, ImportError, StoredTooMuchError, torch.OutOfMemoryError) as error:
+        except (ValueError, ImportError, ArmError, torch.OutOfMemoryError) as error:
             self.refused[arm.name] = f"{job.kind}, {job.length} tokens: {error}"
             logger.error("%s is not measured: %s", arm.name, self.refused[arm.name])
             return

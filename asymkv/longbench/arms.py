@@ -6,7 +6,7 @@ import abc
 import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from asymkv.budgets import parse_bytes
+from asymkv.checks import PromptRefusedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +35,15 @@ class ArmError(RuntimeError):
 
 class StoredTooMuchError(ArmError):
     """A compressed arm holds more than its budget allows, so its results would be another method's."""
+
+
+@contextlib.contextmanager
+def named_refusal(arm: BaseArm, dataset: str, item: str) -> Iterator[None]:
+    """Raises a method's refusal of a prompt as the arm's, with the row or window that it refused."""
+    try:
+        yield
+    except PromptRefusedError as error:
+        raise ArmError(f"{arm.name} refuses {dataset}, {item!r}: {error}") from error
 
 
 class BaseArm(abc.ABC):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from asymkv import CompressionConfig
 from asymkv.longbench import files, peers
-from asymkv.longbench.arms import FULL, NONE, Arm, ArmError, BaseArm
+from asymkv.longbench.arms import FULL, NONE, Arm, ArmError, BaseArm, named_refusal
 from asymkv.longbench.data import Row, Task
 from asymkv.longbench.jsonl import NotFiniteError
 from asymkv.longbench.measure import Protocol, Subject, measure, prompt_of
@@ -209,8 +209,8 @@ def without_context() -> Arm:
 class FidelityRun:
     """Measures cells on one model and appends what it finds to a folder.
 
-    An arm that stores more than its settings allow, fails, or gives NaN is not recorded and not run again; ``refused``
-    says why, by arm, so that the others of a long run are still measured.
+    An arm that stores more than its settings allow, refuses a prompt, fails, or gives NaN is not recorded and not run
+    again; ``refused`` says why, by arm, so that the others of a long run are still measured.
 
     Args:
         subject: an unpatched model, and how it is prompted.
@@ -270,7 +270,7 @@ class FidelityRun:
 
     def _prefixes(self, cells: Sequence[Cell], ids: Sequence[int]) -> Iterator[tuple[Cell, Prefix | None]]:
         """The cells that still run, with their prefix of ``ids`` where a prefill was shared."""
-        for group in share_groups(cells) if self.share and ids else ([cell] for cell in cells):
+        for group in share_groups(cells, len(ids)) if self.share and ids else ([cell] for cell in cells):
             group = [cell for cell in group if cell.name not in self.refused]
             shared = prefill_together(self.subject, group, ids) if len(group) > 1 else [None] * len(group)
             for cell in group:
@@ -286,6 +286,8 @@ class FidelityRun:
         reference: Tensor | None = None
         cells = [*full, *(cell for cell in missing if cell not in full)] if missing else []
         for cell, prefix in self._prefixes(cells, window.prefix):
+            if reference is None and cell.compresses:
+                return  # the full cache was refused: nothing to compare with
             yield cell.name
             with self._patched(cell):
                 logits, values = self._continue(cell, window, prefix)
@@ -297,7 +299,8 @@ class FidelityRun:
     def _continue(self, cell: BaseArm, window: Window, shared: Prefix | None) -> tuple[Tensor, Record]:
         """Logits of a window's targets behind its compressed prefix, and what that stores."""
         started = time.perf_counter()
-        prefix = shared or compress(self.subject.model, window.prefix)
+        with named_refusal(cell, window.text, str(window.index)):
+            prefix = shared or compress(self.subject.model, window.prefix)
         seconds = None if shared else time.perf_counter() - started
         cell.check(prefix.cache, len(window.prefix), 0)
         values = {"prefill_seconds": seconds, **cell.stored(prefix.cache, self.subject.model)}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from asymkv.checks import check_integer
 from asymkv.longbench import retention
-from asymkv.longbench.arms import BaseArm
+from asymkv.longbench.arms import BaseArm, named_refusal
 from asymkv.longbench.data import Row, Task
 from asymkv.longbench.memory import DeviceMemory, HostMemory
 from asymkv.longbench.models import ModelSpec, devices_of, input_device
@@ -81,11 +81,19 @@ def measure(
 
     Raises:
         StoredTooMuchError: if the cache holds more than the arm allows.
+        ArmError: if the arm's method refuses the prompt; names dataset and row.
     """
-    if "turns" in row:
-        from asymkv.longbench.turns import measure_turns
+    with named_refusal(arm, task.dataset, row["_id"]):
+        if "turns" in row:
+            from asymkv.longbench.turns import measure_turns
 
-        return measure_turns(subject, arm, task, row, protocol)
+            return measure_turns(subject, arm, task, row, protocol)
+        return _measure(subject, arm, task, row, protocol, shared)
+
+
+def _measure(
+    subject: Subject, arm: BaseArm, task: Task, row: Row, protocol: Protocol, shared: retention.Prefix | None
+) -> Record:
     prompt = prompt_of(subject, arm, task, row)
     first, rest = retention.split_prompt(prompt, protocol.name)
     host, accelerators = HostMemory(), DeviceMemory(*devices_of(subject.model))
