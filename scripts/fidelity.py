@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from asymkv.arguments import DTYPES, not_negative, positive
 from asymkv.longbench import fidelity, models, peers, runner, suites
-from asymkv.longbench.checks import check_asked
+from asymkv.longbench.checks import check_asked, check_gold
 from asymkv.longbench.data import Row, Task, load_tasks
 from asymkv.longbench.fidelity_joint import write_joint_report
 from asymkv.longbench.fidelity_report import write_report
@@ -139,6 +139,7 @@ def load(args: argparse.Namespace, spec: models.ModelSpec, experiment: fidelity.
     spec = dataclasses.replace(spec, max_length=limit)
     subject = runner.load_subject(spec, torch.device(args.device), args.dtype)
     asked = {name: [row for task, row in rows if task == name] for name in tasks}
+    check_gold(tasks, asked, subject.tokenizer)
     check_asked((), tasks, asked, subject, Protocol(args.protocol, generate=False))
     windows = fidelity.windows_of(texts, subject.tokenizer, experiment.texts) if texts else []
     mine = slice(args.shard.index, None, args.shard.count)

@@ -110,9 +110,9 @@ def shared_text(context: str, runs: Collection[str]) -> float:
 
 def _one_per_context(rows: Sequence[Row]) -> list[Row]:
     best: dict[str, Row] = {}
-    for row in sorted(rows, key=lambda row: (-len(row["answers"][0]), row["_id"])):
-        if row["answers"][0].strip():
-            best.setdefault(row["context"], row)
+    answered = [row for row in rows if row["answers"] and row["answers"][0].strip()]
+    for row in sorted(answered, key=lambda row: (-len(row["answers"][0]), row["_id"])):
+        best.setdefault(row["context"], row)
     return list(best.values())
 
 

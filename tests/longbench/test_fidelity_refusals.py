@@ -10,6 +10,7 @@ from longbench_files import load_script, write_rows
 
 from asymkv.longbench import fidelity
 from asymkv.longbench.records import RecordFolder
+from asymkv.longbench.sample import select_standing_sample
 
 TASK = "needle"
 # Contexts in bytes, which are tokens here; the last one is shorter than the wide window.
@@ -94,3 +95,18 @@ def refuse_full(real):
         return real(self, cell, window, shared)
 
     return refusing
+
+
+@pytest.mark.parametrize("answers", [[], [""], ["", "7"]], ids=str)
+def test_a_row_without_a_gold_answer_is_refused_before_anything_is_measured(folder: Path, answers: list[str]) -> None:
+    write_rows(folder / f"{TASK}.jsonl", [row("first", 100), row("second", 100, answers=answers)])
+    with pytest.raises(ValueError, match=f"{TASK}, row 'second': .* must not be empty; found list .*"):
+        run(folder, folder / "out")
+    assert not (folder / "out").exists()
+
+
+def test_a_sample_is_chosen_among_the_rows_that_have_a_gold_answer(folder: Path) -> None:
+    rows = [row("none", 100, answers=[]), row("blank", 200, answers=[" "]), row("good", 300)]
+    write_rows(folder / f"{TASK}.jsonl", rows)
+    chosen = select_standing_sample(folder, len, tasks=[TASK], rows_per_task=1)
+    assert chosen["tasks"] == {TASK: ["good"]}
