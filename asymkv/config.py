@@ -263,11 +263,22 @@ def _kind(setting: str | Mapping[str, Any] | None) -> Any:
     return setting.get("kind") if isinstance(setting, Mapping) else setting
 
 
+def setting_names(method: str) -> set[str]:
+    """Names of all settings of a registered method: the general ones, and its own."""
+    from asymkv.methods import get_method
+
+    return {*_FIELDS, *_parameters(get_method(method))}
+
+
+def _parameters(method: type[Method]) -> list[str]:
+    return list(inspect.signature(method).parameters)
+
+
 def _make_method(name: str, options: dict[str, Any]) -> Method:
     from asymkv.methods import get_method
 
     cls = get_method(name)
-    known = list(inspect.signature(cls).parameters)
+    known = _parameters(cls)
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(

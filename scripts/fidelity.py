@@ -33,6 +33,7 @@ from asymkv.arguments import DTYPES, not_negative, positive
 from asymkv.longbench import fidelity, models, peers, runner, suites
 from asymkv.longbench.checks import check_asked, check_gold
 from asymkv.longbench.data import Row, Task, load_tasks
+from asymkv.longbench.fidelity_experiment import Cell, Experiment, join_experiments, load_experiment
 from asymkv.longbench.fidelity_joint import write_joint_report
 from asymkv.longbench.fidelity_report import write_report
 from asymkv.longbench.files import write_atomic
@@ -128,7 +129,7 @@ class Inputs(NamedTuple):
         yield from (("window", window.text, str(window.index)) for window in self.windows)
 
 
-def load(args: argparse.Namespace, spec: models.ModelSpec, experiment: fidelity.Experiment) -> Inputs:
+def load(args: argparse.Namespace, spec: models.ModelSpec, experiment: Experiment) -> Inputs:
     """Reads rows, prompts and texts, and loads the model."""
     made = {"options": args.options, "reader": suites.Reader(spec)}
     sample = pick_sample(args.sample or experiment.sample, args.tasks, args.data_dir, **made)
@@ -148,10 +149,10 @@ def load(args: argparse.Namespace, spec: models.ModelSpec, experiment: fidelity.
 
 def measure_cells(
     args: argparse.Namespace,
-    experiment: fidelity.Experiment,
+    experiment: Experiment,
     inputs: Inputs,
     run: fidelity.FidelityRun,
-    cells: Sequence[fidelity.Cell],
+    cells: Sequence[Cell],
     conditions: Mapping[str, Any],
 ) -> dict[str, str]:
     """Runs what the folder lacks of these cells; returns the arms that were refused, and why."""
@@ -172,7 +173,7 @@ def measure_cells(
 
 
 def measure_own(
-    args: argparse.Namespace, spec: models.ModelSpec, experiment: fidelity.Experiment, out: RecordFolder
+    args: argparse.Namespace, spec: models.ModelSpec, experiment: Experiment, out: RecordFolder
 ) -> tuple[dict[str, str], bool]:
     """Measures this library's arms; returns those that were refused, and whether presses are missing."""
     inputs = load(args, spec, experiment)
@@ -187,7 +188,7 @@ def measure_own(
 
 
 def measure_presses(
-    args: argparse.Namespace, spec: models.ModelSpec, experiment: fidelity.Experiment, out: RecordFolder
+    args: argparse.Namespace, spec: models.ModelSpec, experiment: Experiment, out: RecordFolder
 ) -> dict[str, str]:
     """Measures the presses, in the worker, once the full cache is known to lose here what it lost in the caller."""
     inputs = load(args, spec, experiment)
@@ -200,7 +201,7 @@ def measure_presses(
 
 
 def run_model(
-    args: argparse.Namespace, argv: Sequence[str], spec: models.ModelSpec, experiment: fidelity.Experiment, out: Path
+    args: argparse.Namespace, argv: Sequence[str], spec: models.ModelSpec, experiment: Experiment, out: Path
 ) -> dict[str, str]:
     """Measures one model into its folder, presses in the worker, and writes its report."""
     folder = RecordFolder(out, fidelity.record_key, args.shard)
@@ -216,7 +217,7 @@ def run_model(
     return {f"{spec.name}, {arm}": why for arm, why in refused.items()}
 
 
-def run_worker(args: argparse.Namespace, spec: models.ModelSpec, experiment: fidelity.Experiment) -> dict[str, str]:
+def run_worker(args: argparse.Namespace, spec: models.ModelSpec, experiment: Experiment) -> dict[str, str]:
     """What ``run_model`` starts in kvpress's environment, for one model."""
     folder = RecordFolder(args.out, fidelity.record_key, args.shard, peers.WORKER)
     return measure_presses(args, spec, experiment, folder)
@@ -233,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.write_sample:
         write_sample(args, specs[0])
         return
-    experiment = fidelity.join_experiments([fidelity.load_experiment(name) for name in args.experiment])
+    experiment = join_experiments([load_experiment(name) for name in args.experiment])
     if args.kvpress_worker:
         peers.answer(lambda: run_worker(args, specs[0], experiment))
         return
