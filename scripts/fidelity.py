@@ -64,6 +64,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     # what is read
     add("--data-dir", type=Path, help="folder of <task>.jsonl; without it, LongBench from the hub")
     add("--longbench-config", type=Path, help="config/ folder of a LongBench checkout (prompts and answer lengths)")
+    add("--changed-prompts", action="store_true", help="those of --longbench-config may be others than LongBench's")
     add("--sample", help="sample file instead of the experiment's, or 'all' for every row of --tasks")
     add("--tasks", nargs="+", help="only these tasks")
     add("--options", type=suites.parse_options, default={}, metavar="JSON", help="settings of rows, as scripts/pred.py")
@@ -134,7 +135,7 @@ def load(args: argparse.Namespace, spec: models.ModelSpec, experiment: Experimen
     made = {"options": args.options, "reader": suites.Reader(spec)}
     sample = pick_sample(args.sample or experiment.sample, args.tasks, args.data_dir, **made)
     rows = load_sample(sample, args.data_dir, max_rows=args.max_rows, **made)
-    tasks = load_tasks(sample.tasks, args.longbench_config)
+    tasks = load_tasks(sample.tasks, args.longbench_config, changed_prompts=args.changed_prompts)
     texts = fidelity.read_texts(args.texts) if args.texts else None
     limit = min(spec.max_length, sample.max_prompt_tokens or spec.max_length)
     spec = dataclasses.replace(spec, max_length=limit)

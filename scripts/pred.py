@@ -95,6 +95,9 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--data-dir", help="folder of <task>.jsonl; default: embedded tasks, the hub for LongBench's")
     group.add_argument("--longbench-config", help="config/ folder of LongBench (default: fetched once and cached)")
+    group.add_argument(
+        "--changed-prompts", action="store_true", help="prompts of --longbench-config may be others than LongBench's"
+    )
     group.add_argument("--max-samples", type=positive, help="first so many rows of each task")
     group.add_argument(
         "--options",
@@ -168,7 +171,9 @@ def predict(args: argparse.Namespace, argv: list[str]) -> None:
     datasets = dataset_names(args)
     work = runner.Work(
         arms,
-        data.load_tasks(datasets, args.longbench_config, groups=DATASET_GROUPS),
+        data.load_tasks(
+            datasets, args.longbench_config, changed_prompts=args.changed_prompts, groups=DATASET_GROUPS
+        ),
         runner.load_rows(
             datasets,
             data_dir=args.data_dir,

@@ -45,7 +45,7 @@ class Options:
         batch: windows read at a time.
         decode_steps: generated tokens that are timed behind each window.
         summaries: a jsonl file or dataset of articles; None = no summaries.
-        longbench: tasks; ``data_dir`` and ``longbench_config`` as in ``scripts/pred.py``.
+        longbench: tasks; ``data_dir``, ``longbench_config`` and ``changed_prompts`` as in ``scripts/pred.py``.
         new_tokens: of a summary.
         dtype, device: of model and cache.
         cache_dir: of the ``datasets`` library.
@@ -64,6 +64,7 @@ class Options:
     longbench: tuple[str, ...] = ()
     data_dir: str | None = None
     longbench_config: str | None = None
+    changed_prompts: bool = False
     new_tokens: int = 128
     dtype: str = "auto"
     device: str = "cpu"
@@ -189,7 +190,8 @@ class Suite:
 
     def _longbench_jobs(self, subject: Subject, window: int) -> Iterator[Job]:
         names = list(self.options.longbench)
-        tasks = load_tasks(names, self.options.longbench_config) if names else {}
+        options = self.options
+        tasks = load_tasks(names, options.longbench_config, changed_prompts=options.changed_prompts) if names else {}
         for name in names:
             rows = load_rows(name, data_dir=self.options.data_dir, max_samples=self.options.samples)
             for row in rows:

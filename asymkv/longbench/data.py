@@ -91,7 +91,11 @@ def embedded_tasks() -> dict[str, Task]:
 
 
 def load_tasks(
-    datasets: Iterable[str], longbench_config: str | Path | None = None, *, groups: Iterable[str] = ()
+    datasets: Iterable[str],
+    longbench_config: str | Path | None = None,
+    *,
+    changed_prompts: bool = False,
+    groups: Iterable[str] = (),
 ) -> dict[str, Task]:
     """Returns prompt and answer length for each dataset.
 
@@ -99,10 +103,12 @@ def load_tasks(
         datasets: task names, LongBench's, embedded or of a suite; LongBench-E names may carry their suffix ``_e``.
         longbench_config: folder with LongBench's ``dataset2prompt.json`` and ``dataset2maxlen.json``; without it
             LongBench's files are fetched once, checked and cached. Embedded tasks and suites need neither.
+        changed_prompts: whether the files of ``longbench_config`` may be others than LongBench's.
         groups: names of several tasks that the caller takes too; an error lists them.
 
     Raises:
-        ValueError: for an unknown task, or a prompt or length that cannot be used; names file and entry.
+        ValueError: for an unknown task, or a prompt or length that cannot be used; names file and entry. For files
+            that are not LongBench's own, unless ``changed_prompts``.
         OSError: if LongBench's files cannot be fetched; says what to do instead.
     """
     from asymkv.longbench import suites
@@ -116,7 +122,7 @@ def load_tasks(
             _check_known(name, LONGBENCH_TASKS, groups)
     if not rest:
         return tasks
-    paths = [_config_file(name, longbench_config) for name in ("dataset2prompt.json", "dataset2maxlen.json")]
+    paths = [_config_file(name, longbench_config, changed_prompts) for name in CONFIG_SHA256]
     prompts, lengths = (_read_table(path) for path in paths)
     for name in rest:
         base = name.removesuffix(E_SUFFIX)
@@ -146,7 +152,7 @@ def _check_known(name: str, asked: Collection[str], groups: Iterable[str]) -> No
         raise ValueError(f"unknown task {name!r}{hint}: no prompt for it; known: {', '.join(known)}")
 
 
-def _config_file(name: str, folder: str | Path | None) -> Path:
+def _config_file(name: str, folder: str | Path | None, changed_prompts: bool) -> Path:
     if folder is None:
         return _fetched_config(name)
     path = Path(folder) / name
@@ -154,8 +160,10 @@ def _config_file(name: str, folder: str | Path | None) -> Path:
         raise FileNotFoundError(f"{path} does not exist; --longbench-config takes the config/ folder of LongBench")
     found = files.sha256_file(path)
     if found != CONFIG_SHA256[name]:
-        logger.warning("%s has sha256 %s, LongBench's own %s: scores are not LongBench's", path, found,
-                       CONFIG_SHA256[name])  # fmt: skip
+        differs = f"{path} has sha256 {found}, LongBench's own {CONFIG_SHA256[name]}: scores are not LongBench's"
+        if not changed_prompts:
+            raise ValueError(f"{differs}; if the prompts are meant to differ, say changed_prompts (--changed-prompts)")
+        logger.warning(differs)
     return path
 
 

@@ -25,7 +25,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_work(inputs: Path, *, ratio: float = 0.5, methods: tuple[str, ...] = METHODS) -> runner.Work:
     made = arms.make_arms(methods, ratio=ratio, settings={"": {"sink_size": 2, "window_size": 8}})
-    return runner.Work(made, data.load_tasks([TASK], inputs), {TASK: data.load_rows(TASK, data_dir=inputs)}, PROTOCOL)
+    tasks = data.load_tasks([TASK], inputs, changed_prompts=True)
+    return runner.Work(made, tasks, {TASK: data.load_rows(TASK, data_dir=inputs)}, PROTOCOL)
 
 
 @pytest.fixture
