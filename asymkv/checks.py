@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 
+class PromptRefusedError(ValueError):
+    """A prompt that a method cannot do with what its settings ask, such as one no longer than the window."""
+
+
 def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     """``value`` must be one of ``allowed``."""
     if value not in allowed:

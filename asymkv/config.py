@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -191,6 +192,25 @@ class CompressionConfig:
         return CompressionConfig(**{**base, **overrides})
 
     @classmethod
+    def named(cls, name: str, **overrides: Any) -> CompressionConfig:
+        """Settings of a registered method, or what :meth:`load` takes.
+
+        Raises:
+            ValueError: for a name that is neither a method nor a settings file; lists both.
+        """
+        from asymkv.methods import METHODS
+
+        if name in METHODS:
+            return cls(name, **overrides)
+        shipped = _shipped()
+        if name not in shipped and not Path(name).is_file():
+            near = difflib.get_close_matches(name, {*METHODS, *shipped}, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"unknown method {name!r}{hint}; methods: {sorted(METHODS)}; shipped settings: {shipped}; "
+                             "or the path of a yaml file")  # fmt: skip
+        return cls.load(name, **overrides)
+
+    @classmethod
     def load(cls, name_or_path: str | Path, **overrides: Any) -> CompressionConfig:
         """Settings from a yaml file, or from a shipped one by its name (``"asymkv"``).
 
@@ -202,8 +222,7 @@ class CompressionConfig:
             try:
                 path = config_path(f"methods/{name_or_path}.yaml")
             except FileNotFoundError:
-                shipped = sorted(p.stem for p in (config_root() / "methods").glob("*.yaml"))
-                raise ValueError(f"no settings file {str(name_or_path)!r}; shipped names: {shipped}") from None
+                raise ValueError(f"no settings file {str(name_or_path)!r}; shipped names: {_shipped()}") from None
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict):
             raise ValueError(f"{path.name} must hold a mapping of settings; found {type(data).__name__}")
@@ -214,6 +233,11 @@ class CompressionConfig:
 
 
 _FIELDS = frozenset(f.name for f in dataclasses.fields(CompressionConfig)) - {"options"}
+
+
+def _shipped() -> list[str]:
+    """Names of the shipped settings."""
+    return sorted(path.stem for path in (config_root() / "methods").glob("*.yaml"))
 
 
 def _plain(value: Any) -> Any:
@@ -244,11 +268,22 @@ def _kind(setting: str | Mapping[str, Any] | None) -> Any:
     return setting.get("kind") if isinstance(setting, Mapping) else setting
 
 
+def setting_names(method: str) -> set[str]:
+    """Names of all settings of a registered method: the general ones, and its own."""
+    from asymkv.methods import get_method
+
+    return {*_FIELDS, *_parameters(get_method(method))}
+
+
+def _parameters(method: type[Method]) -> list[str]:
+    return list(inspect.signature(method).parameters)
+
+
 def _make_method(name: str, options: dict[str, Any]) -> Method:
     from asymkv.methods import get_method
 
     cls = get_method(name)
-    known = list(inspect.signature(cls).parameters)
+    known = _parameters(cls)
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(

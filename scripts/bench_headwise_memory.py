@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 import asymkv
+from asymkv.arguments import DTYPES
 from asymkv.files import csv_text, write_atomic
 from asymkv.longbench.arms import full_cache_bytes
 from asymkv.longbench.conditions import commit, device_name
@@ -40,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--text-file", type=Path, required=True, help="the prompt")
     add("--tokens", type=int, default=2048, help="of the prompt")
     add("--ratios", type=float, nargs="+", default=[0.5, 0.25, 0.1], help="shares of rows kept")
-    add("--dtype", default="bfloat16")
+    add("--dtype", default="bfloat16", choices=DTYPES[1:])
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, default=1)
     add("--out", type=Path, required=True, help="folder for memory.csv and conditions.json")

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import transformers
 
+from asymkv.arguments import DTYPES
 from asymkv.longbench import model_speed
 from asymkv.longbench.conditions import commit, device_name
 from asymkv.longbench.files import write_atomic
@@ -51,7 +52,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=128, help="timed tokens on the compressed cache: 128 = its decode_interval")
     add("--stock-steps", type=int, default=16, help="timed tokens on the stock cache")
     add("--device", default="cpu", help="cpu, cuda, ...")
-    add("--dtype", default="bfloat16", help="of weights and cache")
+    add("--dtype", default="bfloat16", choices=DTYPES[1:], help="of weights and cache")
     add("--threads", type=int, default=1, help="torch threads")
     add("--out", type=Path, help="folder of the tables")
     add("--worker", nargs=2, metavar=("CELL", "FILE"), help=argparse.SUPPRESS)

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from asymkv.arguments import DTYPES
 from asymkv.longbench.files import write_atomic
 from asymkv.longbench.speed import SpeedJob, markdown, run_job, speed_arms
 
@@ -43,7 +44,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=3, help="processes per arm and length")
     add("--repeats", type=int, default=1, help="prefills per process")
     add("--device", default="cpu", help="cpu, cuda, ...")
-    add("--dtype", default="bfloat16", help="of weights and cache")
+    add("--dtype", default="bfloat16", choices=DTYPES[1:], help="of weights and cache")
     add("--threads", type=int, default=1, help="torch threads")
     add("--out", type=Path, help="folder of bench.json and bench.md")
     add("--worker", nargs=2, metavar=("JOB", "FILE"), help=argparse.SUPPRESS)

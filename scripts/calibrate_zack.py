@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from asymkv.analysis.zack_basis import SUMS, calibrate
+from asymkv.arguments import DTYPES
 from asymkv.dimensions.basis import UNFINISHED, Basis, default_folder
 from asymkv.dimensions.ranks import choose_ranks
 from asymkv.head_scores import model_of
@@ -31,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tokens", type=int, default=2048, help="tokens of one sample, at most the model's window")
     add("--samples", type=int, default=32, help="samples of the text at most")
     add("--out", type=Path, help="folder for the basis instead of the user's cache folder")
-    add("--dtype", default="float32", help="of the model while it is calibrated: auto, float32, bfloat16 or float16")
+    add("--dtype", default="float32", choices=DTYPES, help="of the model while it is calibrated")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 

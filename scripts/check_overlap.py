@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from asymkv.files import write_atomic
 from asymkv.longbench.data import load_rows
-from asymkv.longbench.fidelity import load_experiment, record_key
+from asymkv.longbench.fidelity import record_key
+from asymkv.longbench.fidelity_experiment import load_experiment
 from asymkv.longbench.fidelity_report import Results, main_table, paired, paired_table, summarise
 from asymkv.longbench.records import RecordFolder
 from asymkv.longbench.sample import SHARED_LIMIT, TUNE, Sample, half_of, read_sample, shared_text, text_runs

@@ -5,8 +5,8 @@
 
 ``--protocol prompt`` (the default) has the question in view while compressing; ``context`` compresses the context
 before the question is known. Methods are registered names, shipped settings or yaml files; finished ones are in
-``--out`` (json) and are not run again with the same settings. A method that cannot run is named with its reason at
-the end, and the exit code is 1.
+``--out`` (json) and are not run again unless their settings have changed. A method that cannot run is named with its
+reason at the end, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import asymkv
+from asymkv.arguments import DTYPES, names, positive
 from asymkv.files import write_atomic
 from asymkv.longbench.conditions import commit, device_name
 from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
@@ -46,23 +48,25 @@ class Answer:
     nbytes: int
     prefill_seconds: float
     total_seconds: float
+    config: dict[str, Any] | None = None  # of the method; None in files that did not store it
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, help="short name of configs/models.yaml, hub id or folder")
-    add("--methods", default=",".join(m for m in METHODS if m != FULL), help="comma-separated; default: all")
+    every = ",".join(m for m in METHODS if m != FULL)
+    add("--methods", type=names, default=every, help="comma-separated; default: all")
     add("--ratio", type=float, help="share of the prompt's rows to keep")
     add("--budget", help="rows per KV head, or bytes such as 512MiB, instead of --ratio")
     add("--context", help="the context itself")
     add("--context-file", type=Path, help="file that holds the context")
     add("--question", required=True)
     add("--protocol", choices=("prompt", "context"), default="prompt")
-    add("--max-new-tokens", type=int, default=64)
-    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--max-new-tokens", type=positive, default=64)
+    add("--dtype", default="auto", choices=DTYPES)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, help="torch threads")
+    add("--threads", type=positive, help="torch threads")
     add("--out", type=Path, help="json file of answers, read again by the next call")
     args = parser.parse_args(argv)
     if (args.context is None) == (args.context_file is None):
@@ -77,9 +81,7 @@ def config_of(name: str, args: argparse.Namespace) -> asymkv.CompressionConfig:
     budget = int(args.budget) if args.budget and args.budget.isdigit() else args.budget
     given: dict[str, Any] = {"budget": budget, "ratio": args.ratio}
     size = {k: v for k, v in given.items() if v is not None and name != FULL}
-    if name in METHODS:
-        return asymkv.CompressionConfig(name, **size)
-    return asymkv.CompressionConfig.load(name, **size)
+    return asymkv.CompressionConfig.named(name, **size)
 
 
 def answer(
@@ -113,15 +115,22 @@ def answer(
     return Answer(name, text, stats["kept_ratio"], stats["nbytes"], prefilled - began, seconds() - prefilled)
 
 
+def plain(config: asymkv.CompressionConfig) -> dict[str, Any]:
+    """A method's settings as they are read again from json."""
+    return json.loads(json.dumps(config.to_dict(), default=str))
+
+
 def settings_of(args: argparse.Namespace, context: str) -> dict[str, Any]:
     """What answers must share to stand in one table."""
-    names = ("model", "ratio", "budget", "question", "protocol", "max_new_tokens", "dtype", "device")
+    shared = ("model", "ratio", "budget", "question", "protocol", "max_new_tokens", "dtype", "device")
     digest = hashlib.sha256(context.encode()).hexdigest()
-    return {**{n: getattr(args, n) for n in names}, "context_sha256": digest}
+    return {**{n: getattr(args, n) for n in shared}, "context_sha256": digest}
 
 
-def finished(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Answer]:
-    """Answers of an earlier call.
+def finished(
+    args: argparse.Namespace, settings: dict[str, Any], configs: dict[str, asymkv.CompressionConfig]
+) -> dict[str, Answer]:
+    """Answers of an earlier call, but those of this call's methods whose settings were others then.
 
     Raises:
         ValueError: for a file of other settings.
@@ -132,7 +141,9 @@ def finished(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, An
     if found["settings"] != settings:
         differing = {k: (found["settings"].get(k), v) for k, v in settings.items() if found["settings"].get(k) != v}
         raise ValueError(f"{args.out} holds answers of other settings, (there, here): {differing}; use another --out")
-    return {a["method"]: Answer(**a) for a in found["answers"]}
+    answers = {a["method"]: Answer(**a) for a in found["answers"]}
+    stale = {name for name, config in configs.items() if name in answers and answers[name].config != plain(config)}
+    return {name: each for name, each in answers.items() if name not in stale}
 
 
 def save(args: argparse.Namespace, settings: dict[str, Any], answers: dict[str, Answer]) -> None:
@@ -144,17 +155,18 @@ def save(args: argparse.Namespace, settings: dict[str, Any], answers: dict[str, 
 
 
 def show(answers: dict[str, Answer], args: argparse.Namespace) -> None:
-    """Both answers side by side, the full cache's on the left."""
+    """Both answers side by side, the full cache's on the left; what a model said is never read as markup."""
     full = answers[FULL]
     size = f"ratio {args.ratio}" if args.ratio is not None else f"budget {args.budget}"
-    table = Table(title=f"{args.model}, protocol {args.protocol}, {size}", show_lines=True, expand=True)
+    title = Text(f"{args.model}, protocol {args.protocol}, {size}", "table.title")
+    table = Table(title=title, show_lines=True, expand=True)
     table.add_column(f"full cache\n{full.nbytes / 2**20:.2f} MiB, prefill {full.prefill_seconds:.1f} s", ratio=1)
     table.add_column("method", ratio=1)
     for each in answers.values():
         if each.method != FULL:
-            price = (f"[bold]{each.method}[/bold] {each.kept_ratio:.1%} of the rows, {each.nbytes / 2**20:.2f} MiB, "
-                     f"{each.prefill_seconds / full.prefill_seconds:.2f} x prefill")  # fmt: skip
-            table.add_row(full.text, f"{price}\n{each.text}")
+            price = (f" {each.kept_ratio:.1%} of the rows, {each.nbytes / 2**20:.2f} MiB, "
+                     f"{each.prefill_seconds / full.prefill_seconds:.2f} x prefill\n")  # fmt: skip
+            table.add_row(Text(full.text), Text.assemble((each.method, "bold"), price, each.text))
     Console().print(table)
 
 
@@ -163,21 +175,22 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if args.threads:
         torch.set_num_threads(args.threads)
-    names = [FULL, *(n for n in args.methods.split(",") if n != FULL)]
-    configs = {name: config_of(name, args) for name in names}  # bad settings fail before the model is loaded
+    chosen = [FULL, *(n for n in args.methods if n != FULL)]
+    configs = {name: config_of(name, args) for name in chosen}  # bad settings fail before the model is loaded
     context = args.context if args.context is not None else args.context_file.read_text(encoding="utf-8")
     settings = settings_of(args, context)
-    answers, refused = finished(args, settings), {}
+    answers, refused = finished(args, settings, configs), {}
     spec = resolve_spec(args.model, max_length=sys.maxsize, chat_template=False)
     dtype = {} if args.dtype == "auto" else {"dtype": getattr(torch, args.dtype)}
     model, tokenizer = load_model(spec, device=args.device, **dtype), load_tokenizer(spec)
-    for name in tqdm([n for n in names if n not in answers], desc="methods"):
+    for name in tqdm([n for n in chosen if n not in answers], desc="methods"):
         try:
-            answers[name] = answer(args, name, model, tokenizer, context, configs[name])
+            found = answer(args, name, model, tokenizer, context, configs[name])
+            answers[name] = dataclasses.replace(found, config=plain(configs[name]))
         except ValueError as error:
             refused[name] = str(error)
         save(args, settings, answers)
-    show({name: answers[name] for name in names if name in answers}, args)
+    show({name: answers[name] for name in chosen if name in answers}, args)
     for name, reason in refused.items():
         print(f"not run: {name}: {reason}", file=sys.stderr)
     return 1 if refused else 0

@@ -19,6 +19,7 @@ import tempfile
 import eval as scoring
 import pred
 
+from asymkv.arguments import DTYPES, positive
 from asymkv.longbench import smollm2
 from asymkv.longbench.arms import FULL, NONE
 
@@ -39,8 +40,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", default="gate,asymkv,streaming_llm", help="compressed arms, comma-separated")
     parser.add_argument("--ratio", type=float, default=RATIO, help="share of rows kept")
     parser.add_argument("--protocol", choices=("prompt", "context"), default="prompt")
-    parser.add_argument("--dtype", default="bfloat16", help="bfloat16 prefills 2-4 times as fast as float32 on CPUs")
-    parser.add_argument("--threads", type=int, help="torch threads")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=DTYPES, help="bfloat16 prefills 2-4 times as fast as float32 on CPUs"
+    )
+    parser.add_argument("--threads", type=positive, help="torch threads")
     parser.add_argument("--out", help="folder of the results (default: a new temporary one)")
     return parser.parse_args(argv)
 

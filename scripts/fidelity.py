@@ -29,9 +29,11 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from asymkv.arguments import DTYPES, not_negative, positive
 from asymkv.longbench import fidelity, models, peers, runner, suites
-from asymkv.longbench.checks import check_asked
+from asymkv.longbench.checks import check_asked, check_gold
 from asymkv.longbench.data import Row, Task, load_tasks
+from asymkv.longbench.fidelity_experiment import Cell, Experiment, join_experiments, load_experiment
 from asymkv.longbench.fidelity_joint import write_joint_report
 from asymkv.longbench.fidelity_report import write_report
 from asymkv.longbench.files import write_atomic
@@ -62,10 +64,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     # what is read
     add("--data-dir", type=Path, help="folder of <task>.jsonl; without it, LongBench from the hub")
     add("--longbench-config", type=Path, help="config/ folder of a LongBench checkout (prompts and answer lengths)")
+    add("--changed-prompts", action="store_true", help="those of --longbench-config may be others than LongBench's")
     add("--sample", help="sample file instead of the experiment's, or 'all' for every row of --tasks")
     add("--tasks", nargs="+", help="only these tasks")
     add("--options", type=suites.parse_options, default={}, metavar="JSON", help="settings of rows, as scripts/pred.py")
-    add("--max-rows", type=int, help="only the first so many rows of each task; 0 = texts only")
+    add("--max-rows", type=not_negative, help="only the first so many rows of each task; 0 = texts only")
     add("--texts", type=Path, help="folder of .txt files for perplexity and KL divergence")
     # how it is run
     add("--model", default=["smollm2"], nargs="+", help="short names, hub ids or folders")
@@ -73,8 +76,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--no-chat-template", action="store_true", help="ask every task without the chat template")
     add("--protocol", choices=PROTOCOLS, default="context", help="what is in view while compressing")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    add("--dtype", default="bfloat16", help="of weights and cache")
-    add("--threads", type=int, default=1, help="torch threads")
+    add("--dtype", default="bfloat16", choices=DTYPES, help="of weights and cache")
+    add("--threads", type=positive, default=1, help="torch threads")
     add("--shard", type=Shard.parse, default=Shard(), help="i/n: this process takes rows i, i + n, ...")
     add("--share-prefill", action="store_true",
         help="one prefill for all cells that judge the whole prompt at once: the same numbers but for times, which "
@@ -83,7 +86,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--report-only", action="store_true", help="rebuild tables and figure from the folder's records")
     add("--write-sample", type=Path, metavar="FILE", help="choose a standing sample from --data-dir")
     add("--half", choices=HALVES, help="of --write-sample: contexts of one half; --sample's rows count as reported")
-    add("--rows-per-task", type=int, default=ROWS_PER_TASK, help="of --write-sample")
+    add("--rows-per-task", type=positive, default=ROWS_PER_TASK, help="of --write-sample")
     add(peers.WORKER_FLAG, action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.out is None and args.write_sample is None:
@@ -127,17 +130,18 @@ class Inputs(NamedTuple):
         yield from (("window", window.text, str(window.index)) for window in self.windows)
 
 
-def load(args: argparse.Namespace, spec: models.ModelSpec, experiment: fidelity.Experiment) -> Inputs:
+def load(args: argparse.Namespace, spec: models.ModelSpec, experiment: Experiment) -> Inputs:
     """Reads rows, prompts and texts, and loads the model."""
     made = {"options": args.options, "reader": suites.Reader(spec)}
     sample = pick_sample(args.sample or experiment.sample, args.tasks, args.data_dir, **made)
     rows = load_sample(sample, args.data_dir, max_rows=args.max_rows, **made)
-    tasks = load_tasks(sample.tasks, args.longbench_config)
+    tasks = load_tasks(sample.tasks, args.longbench_config, changed_prompts=args.changed_prompts)
     texts = fidelity.read_texts(args.texts) if args.texts else None
     limit = min(spec.max_length, sample.max_prompt_tokens or spec.max_length)
     spec = dataclasses.replace(spec, max_length=limit)
     subject = runner.load_subject(spec, torch.device(args.device), args.dtype)
     asked = {name: [row for task, row in rows if task == name] for name in tasks}
+    check_gold(tasks, asked, subject.tokenizer)
     check_asked((), tasks, asked, subject, Protocol(args.protocol, generate=False))
     windows = fidelity.windows_of(texts, subject.tokenizer, experiment.texts) if texts else []
     mine = slice(args.shard.index, None, args.shard.count)
@@ -146,10 +150,10 @@ def load(args: argparse.Namespace, spec: models.ModelSpec, experiment: fidelity.
 
 def measure_cells(
     args: argparse.Namespace,
-    experiment: fidelity.Experiment,
+    experiment: Experiment,
     inputs: Inputs,
     run: fidelity.FidelityRun,
-    cells: Sequence[fidelity.Cell],
+    cells: Sequence[Cell],
     conditions: Mapping[str, Any],
 ) -> dict[str, str]:
     """Runs what the folder lacks of these cells; returns the arms that were refused, and why."""
@@ -170,7 +174,7 @@ def measure_cells(
 
 
 def measure_own(
-    args: argparse.Namespace, spec: models.ModelSpec, experiment: fidelity.Experiment, out: RecordFolder
+    args: argparse.Namespace, spec: models.ModelSpec, experiment: Experiment, out: RecordFolder
 ) -> tuple[dict[str, str], bool]:
     """Measures this library's arms; returns those that were refused, and whether presses are missing."""
     inputs = load(args, spec, experiment)
@@ -186,7 +190,7 @@ def measure_own(
 
 
 def measure_presses(
-    args: argparse.Namespace, spec: models.ModelSpec, experiment: fidelity.Experiment, out: RecordFolder
+    args: argparse.Namespace, spec: models.ModelSpec, experiment: Experiment, out: RecordFolder
 ) -> dict[str, str]:
     """Measures the presses, in the worker, once the full cache is known to lose here what it lost in the caller."""
     inputs = load(args, spec, experiment)
@@ -199,7 +203,7 @@ def measure_presses(
 
 
 def run_model(
-    args: argparse.Namespace, argv: Sequence[str], spec: models.ModelSpec, experiment: fidelity.Experiment, out: Path
+    args: argparse.Namespace, argv: Sequence[str], spec: models.ModelSpec, experiment: Experiment, out: Path
 ) -> dict[str, str]:
     """Measures one model into its folder, presses in the worker, and writes its report."""
     folder = RecordFolder(out, fidelity.record_key, args.shard)
@@ -215,7 +219,7 @@ def run_model(
     return {f"{spec.name}, {arm}": why for arm, why in refused.items()}
 
 
-def run_worker(args: argparse.Namespace, spec: models.ModelSpec, experiment: fidelity.Experiment) -> dict[str, str]:
+def run_worker(args: argparse.Namespace, spec: models.ModelSpec, experiment: Experiment) -> dict[str, str]:
     """What ``run_model`` starts in kvpress's environment, for one model."""
     folder = RecordFolder(args.out, fidelity.record_key, args.shard, peers.WORKER)
     return measure_presses(args, spec, experiment, folder)
@@ -232,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.write_sample:
         write_sample(args, specs[0])
         return
-    experiment = fidelity.join_experiments([fidelity.load_experiment(name) for name in args.experiment])
+    experiment = join_experiments([load_experiment(name) for name in args.experiment])
     if args.kvpress_worker:
         peers.answer(lambda: run_worker(args, specs[0], experiment))
         return

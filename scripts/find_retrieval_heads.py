@@ -27,6 +27,7 @@ from asymkv.analysis.head_entropy import TOP, entropy_scores
 from asymkv.analysis.hidden_entropy import THRESHOLD, measure_stages
 from asymkv.analysis.kvzip_heads import kvzip_scores
 from asymkv.analysis.retrieval_heads import BLOCK, REPEATS, retrieval_scores
+from asymkv.arguments import DTYPES
 from asymkv.budgets.scored import Retrieval
 from asymkv.head_scores import HeadScores, write_pattern
 from asymkv.layer_stages import KIND as STAGES
@@ -52,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threshold", type=float, default=THRESHOLD, help="change of entropy, in percent, below which a stage begins")
     add("--duo-pattern", type=Path, metavar="FOLDER", help="also write the induction scores as DuoAttention's pattern")
     add("--share", type=float, default=0.15, help="heads to name at the end")
-    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--dtype", default="auto", choices=DTYPES)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if (args.kind in TEXT_KINDS) != (args.text_file is not None):

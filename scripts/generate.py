@@ -19,6 +19,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import asymkv
+from asymkv.arguments import DTYPES, positive
 from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
 from asymkv.methods import METHODS
 
@@ -32,10 +33,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting")
     parser.add_argument("--prompt", help="the prompt itself")
     parser.add_argument("--prompt-file", type=Path, help="file that holds the prompt")
-    parser.add_argument("--prompt-tokens", type=int, help="so many random tokens instead of text")
+    parser.add_argument("--prompt-tokens", type=positive, help="so many random tokens instead of text")
     parser.add_argument("--random", action="store_true", help="tiny random Llama instead of real weights")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--max-new-tokens", type=positive, default=128)
+    parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-chat", action="store_true", help="feed the prompt without the chat template")
     args = parser.parse_args(argv)

@@ -42,6 +42,7 @@ import sys
 import torch
 from tqdm import tqdm
 
+from asymkv.arguments import DTYPES, names, positive, token_ids
 from asymkv.longbench import data, models, peers, runner, suites
 from asymkv.longbench.arms import make_arms, parse_settings
 from asymkv.longbench.measure import Protocol
@@ -63,10 +64,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     _add_cache_arguments(parser.add_argument_group("cache"))
     run = parser.add_argument_group("run")
     run.add_argument("--out", required=True, help="folder; each method gets a subfolder, and a second run resumes")
-    run.add_argument("--max-new-tokens", type=int, help="cap on the tasks' own answer lengths")
+    run.add_argument("--max-new-tokens", type=positive, help="cap on the tasks' own answer lengths")
     run.add_argument("--no-generate", action="store_true", help="only the gold answer's loss, no answers")
     run.add_argument(peers.WORKER_FLAG, action="store_true", help=argparse.SUPPRESS)
-    run.add_argument("--threads", type=int, help="torch threads per process (1 where ranks share cores)")
+    run.add_argument("--threads", type=positive, help="torch threads per process (1 where ranks share cores)")
     return parser.parse_args(argv)
 
 
@@ -76,8 +77,10 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--chat-template", action=argparse.BooleanOptionalAction, default=None, help="override the table's choice"
     )
-    group.add_argument("--stop-ids", help="comma-separated token ids that end an answer, besides the model's own")
-    group.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
+    group.add_argument(
+        "--stop-ids", type=token_ids, help="comma-separated token ids that end an answer, besides the model's own"
+    )
+    group.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: the checkpoint's")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     group.add_argument("--device-map", help='spread the model: auto, balanced, ... or \'{"model.layers.0": "cuda:0"}\'')
     group.add_argument("--max-memory", help='for a named device map: \'{"0": "20GiB", "cpu": "60GiB"}\'')
@@ -87,11 +90,15 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
 def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--datasets",
+        type=names,
         help=f"comma-separated tasks or {', '.join(DATASET_GROUPS)}; default: all of --data-dir, or the embedded ones",
     )
     group.add_argument("--data-dir", help="folder of <task>.jsonl; default: embedded tasks, the hub for LongBench's")
     group.add_argument("--longbench-config", help="config/ folder of LongBench (default: fetched once and cached)")
-    group.add_argument("--max-samples", type=int, help="first so many rows of each task")
+    group.add_argument(
+        "--changed-prompts", action="store_true", help="prompts of --longbench-config may be others than LongBench's"
+    )
+    group.add_argument("--max-samples", type=positive, help="first so many rows of each task")
     group.add_argument(
         "--options",
         type=suites.parse_options,
@@ -106,6 +113,7 @@ def _add_cache_arguments(group: argparse._ArgumentGroup) -> None:
         "--method",
         "--methods",
         dest="methods",
+        type=names,
         default="full,none,asymkv",
         help="comma-separated: methods, names or paths of yaml settings, full, none (no context at all), "
         "kvpress:SnapKVPress, kvpress:AdaKVPress(SnapKVPress)",
@@ -138,7 +146,7 @@ def placement(args: argparse.Namespace, ranks: runner.Ranks) -> models.Placement
 def dataset_names(args: argparse.Namespace) -> list[str]:
     if args.datasets is None:
         return data.available_datasets(args.data_dir)
-    return [name for part in args.datasets.split(",") for name in DATASET_GROUPS.get(part, (part,))]
+    return [name for part in args.datasets for name in DATASET_GROUPS.get(part, (part,))]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -156,15 +164,18 @@ def main(argv: list[str] | None = None) -> None:
 def predict(args: argparse.Namespace, argv: list[str]) -> None:
     """Measures; as the worker the presses alone."""
     budget = int(args.budget) if args.budget and args.budget.isdigit() else args.budget
-    arms = make_arms(args.methods.split(","), budget=budget, ratio=args.ratio, settings=parse_settings(args.set))
-    stops = None if args.stop_ids is None else [int(token) for token in args.stop_ids.split(",")]
-    spec = models.resolve_spec(args.model, max_length=args.max_length, chat_template=args.chat_template, stop_ids=stops)
-    names = dataset_names(args)
+    arms = make_arms(args.methods, budget=budget, ratio=args.ratio, settings=parse_settings(args.set))
+    spec = models.resolve_spec(
+        args.model, max_length=args.max_length, chat_template=args.chat_template, stop_ids=args.stop_ids
+    )
+    datasets = dataset_names(args)
     work = runner.Work(
         arms,
-        data.load_tasks(names, args.longbench_config),
+        data.load_tasks(
+            datasets, args.longbench_config, changed_prompts=args.changed_prompts, groups=DATASET_GROUPS
+        ),
         runner.load_rows(
-            names,
+            datasets,
             data_dir=args.data_dir,
             max_samples=args.max_samples,
             options=args.options,

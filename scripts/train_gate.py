@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from asymkv.arguments import DTYPES
 from asymkv.files import write_atomic
 from asymkv.gates.collect import Folder, Passage, Recipe, file_passages, take_turns, task_passages
 from asymkv.gates.fit import Fit, fit, read_rows, split
@@ -67,7 +68,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--held-out", type=int, default=6, metavar="N", help="one of N passages is only measured on")
     # how it is run
     add("--seed", type=int, default=0, help="of the passages, and of the fit")
-    add("--dtype", default="bfloat16", help="of the model")
+    add("--dtype", default="bfloat16", choices=DTYPES, help="of the model")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, default=1, help="torch threads")
     args = parser.parse_args(argv)

@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from asymkv.config import CompressionConfig
-from asymkv.methods import METHODS
 from asymkv.paths import config_path
 
 OURS = "ours"
@@ -154,8 +153,7 @@ def _plan(cells: Iterable[tuple[str, str, dict[str, Any], str | None]]) -> Plan:
 def _arm(name: str, group: str, settings: dict[str, Any], checkpoint: str | None) -> SuiteArm:
     given = {k: (settings["budget"] if v == PRUNE_ONLY else v) for k, v in settings.items()}
     stride, method = given.pop("stride"), given.pop("method")
-    known = method in METHODS
-    config = CompressionConfig(method, **given) if known else CompressionConfig.load(method, **given)
+    config = CompressionConfig.named(method, **given)
     if config.options.compresses and "whole_prompt" not in config.options.needs:
         # What reads in chunks compacts after each of them; a chunk that is given, or set by the method, stays.
         config = config if config.chunk_size is not None else config.replace(chunk_size=stride)

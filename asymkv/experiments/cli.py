@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from asymkv.arguments import DTYPES
 from asymkv.experiments.arms import Sizes, ablation_arms, load_suite, method_arms
 from asymkv.experiments.report import write_report
 from asymkv.experiments.suite import Options, run_suite
@@ -30,7 +31,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     add("--sample_size", type=int, default=10, help="windows of each length, and articles and rows of each task")
     add("--seed", type=int, default=42, help="of torch; windows and greedy answers do not depend on it")
     add("--fp16", action="store_true", help="the same as --dtype float16")
-    add("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
+    add("--dtype", default="auto", choices=DTYPES, help="auto: the checkpoint's")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, help="torch threads")
     compression = parser.add_argument_group("compression")
@@ -61,6 +62,7 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     add("--longbench", nargs="+", default=[], help="LongBench tasks, or embedded ones, such as needle")
     add("--data_dir", help="folder of <task>.jsonl for --longbench")
     add("--longbench_config", help="config/ folder of LongBench")
+    add("--changed_prompts", action="store_true", help="those of --longbench_config may be others than LongBench's")
     add("--run_ablations", action="store_true", help="vary B, K, P and Delta, and take parts away")
     add("--summarization_dataset", default="cnn_dailymail", help="dataset, or jsonl of articles")
 
@@ -85,7 +87,8 @@ def options_of(args: argparse.Namespace, **extra: Any) -> Options:
         model=args.model_name_or_path, out=args.output_dir, text=args.dataset_name,
         lengths=tuple(args.sequence_lengths), ablation_length=args.max_length, samples=args.sample_size,
         batch=args.batch_size, decode_steps=args.decode_steps, longbench=tuple(args.longbench), data_dir=args.data_dir,
-        longbench_config=args.longbench_config, dtype="float16" if args.fp16 else args.dtype, device=args.device,
+        longbench_config=args.longbench_config, changed_prompts=args.changed_prompts,
+        dtype="float16" if args.fp16 else args.dtype, device=args.device,
         cache_dir=args.dataset_cache_dir, **extra,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ from asymkv.experiments.corpus import digest, read_articles, read_text, windows
 from asymkv.experiments.measure import Record, measure_text
 from asymkv.experiments.tasks import answer_row, summarise
 from asymkv.longbench import models, runner
-from asymkv.longbench.arms import StoredTooMuchError
+from asymkv.longbench.arms import ArmError
 from asymkv.longbench.data import load_rows, load_tasks
 from asymkv.longbench.measure import Protocol, Subject
 from asymkv.longbench.records import RecordFolder
@@ -45,7 +45,7 @@ class Options:
         batch: windows read at a time.
         decode_steps: generated tokens that are timed behind each window.
         summaries: a jsonl file or dataset of articles; None = no summaries.
-        longbench: tasks; ``data_dir`` and ``longbench_config`` as in ``scripts/pred.py``.
+        longbench: tasks; ``data_dir``, ``longbench_config`` and ``changed_prompts`` as in ``scripts/pred.py``.
         new_tokens: of a summary.
         dtype, device: of model and cache.
         cache_dir: of the ``datasets`` library.
@@ -64,6 +64,7 @@ class Options:
     longbench: tuple[str, ...] = ()
     data_dir: str | None = None
     longbench_config: str | None = None
+    changed_prompts: bool = False
     new_tokens: int = 128
     dtype: str = "auto"
     device: str = "cpu"
@@ -150,7 +151,7 @@ class Suite:
                 break
         try:
             found = found or job.run(arm)
-        except (ValueError, ImportError, StoredTooMuchError, torch.OutOfMemoryError) as error:
+        except (ValueError, ImportError, ArmError, torch.OutOfMemoryError) as error:
             self.refused[arm.name] = f"{job.kind}, {job.length} tokens: {error}"
             logger.error("%s is not measured: %s", arm.name, self.refused[arm.name])
             return
@@ -189,7 +190,8 @@ class Suite:
 
     def _longbench_jobs(self, subject: Subject, window: int) -> Iterator[Job]:
         names = list(self.options.longbench)
-        tasks = load_tasks(names, self.options.longbench_config) if names else {}
+        options = self.options
+        tasks = load_tasks(names, options.longbench_config, changed_prompts=options.changed_prompts) if names else {}
         for name in names:
             rows = load_rows(name, data_dir=self.options.data_dir, max_samples=self.options.samples)
             for row in rows:

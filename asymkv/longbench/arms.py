@@ -6,7 +6,7 @@ import abc
 import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from asymkv.budgets import parse_bytes
+from asymkv.checks import PromptRefusedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +35,15 @@ class ArmError(RuntimeError):
 
 class StoredTooMuchError(ArmError):
     """A compressed arm holds more than its budget allows, so its results would be another method's."""
+
+
+@contextlib.contextmanager
+def named_refusal(arm: BaseArm, dataset: str, item: str) -> Iterator[None]:
+    """Raises a method's refusal of a prompt as the arm's, with the row or window that it refused."""
+    try:
+        yield
+    except PromptRefusedError as error:
+        raise ArmError(f"{arm.name} refuses {dataset}, {item!r}: {error}") from error
 
 
 class BaseArm(abc.ABC):
@@ -214,9 +224,8 @@ def _make_arm(name: str, common: Mapping[str, Any], own: Mapping[str, Any]) -> A
 
     if name in (FULL, NONE):
         return Arm(name, CompressionConfig(method=FULL, **own), bare=name == NONE)
-    if name in METHODS:
-        return Arm(name, CompressionConfig(method=name, **{**common, **own}))
-    return Arm(Path(name).stem, CompressionConfig.load(name, **{**common, **own}))
+    label = name if name in METHODS else Path(name).stem
+    return Arm(label, CompressionConfig.named(name, **{**common, **own}))
 
 
 def allowed_rows(config: CompressionConfig, tokens: int) -> int | None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from asymkv.longbench.arms import BaseArm
 from asymkv.longbench.data import Row, Task
+from asymkv.longbench.jsonl import shown
 from asymkv.longbench.measure import Protocol, Subject
 from asymkv.longbench.prompts import check_fields, check_template_fits
 from asymkv.longbench.turns import check_arm, check_turns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def check_asked(
@@ -41,3 +46,22 @@ def check_asked(
                 for arm in arms:
                     check_arm(arm, row)
         check_template_fits(task.template, dataset, subject.tokenizer, subject.spec)
+
+
+def check_gold(
+    tasks: Mapping[str, Task], rows: Mapping[str, Sequence[Row]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Checks that every row, or every turn of one, has a gold answer to take the loss of.
+
+    One row without it would leave its whole task without a retention, and the mean to the other tasks.
+
+    Raises:
+        ValueError: names dataset and row.
+    """
+    for dataset, asked in rows.items():
+        for row in asked:
+            for turn in row.get("turns", [row]):
+                gold = tasks[dataset].gold(turn["answers"])
+                if not gold or not tokenizer(gold[0], add_special_tokens=False, verbose=False)["input_ids"]:
+                    raise ValueError(f"{dataset}, row {row['_id']!r}: the loss is taken of the first of the answers, "
+                                     f"which must not be empty; found {shown(turn['answers'])}")  # fmt: skip

@@ -8,16 +8,18 @@ all_classes, _id``.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import logging
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from asymkv.checks import check_integer
 from asymkv.longbench import files
 from asymkv.longbench.jsonl import numbered_objects, shown
 from asymkv.longbench.prompts import check_template
@@ -89,16 +91,25 @@ def embedded_tasks() -> dict[str, Task]:
     return {name: Task(name, entry["prompt"], entry["max_new_tokens"]) for name, entry in table.items()}
 
 
-def load_tasks(datasets: Iterable[str], longbench_config: str | Path | None = None) -> dict[str, Task]:
+def load_tasks(
+    datasets: Iterable[str],
+    longbench_config: str | Path | None = None,
+    *,
+    changed_prompts: bool = False,
+    groups: Iterable[str] = (),
+) -> dict[str, Task]:
     """Returns prompt and answer length for each dataset.
 
     Args:
         datasets: task names, LongBench's, embedded or of a suite; LongBench-E names may carry their suffix ``_e``.
         longbench_config: folder with LongBench's ``dataset2prompt.json`` and ``dataset2maxlen.json``; without it
             LongBench's files are fetched once, checked and cached. Embedded tasks and suites need neither.
+        changed_prompts: whether the files of ``longbench_config`` may be others than LongBench's.
+        groups: names of several tasks that the caller takes too; an error lists them.
 
     Raises:
-        ValueError: for an unknown task, or a prompt or length that cannot be used; names file and entry.
+        ValueError: for an unknown task, or a prompt or length that cannot be used; names file and entry. For files
+            that are not LongBench's own, unless ``changed_prompts``.
         OSError: if LongBench's files cannot be fetched; says what to do instead.
     """
     from asymkv.longbench import suites
@@ -107,15 +118,17 @@ def load_tasks(datasets: Iterable[str], longbench_config: str | Path | None = No
     tasks = {name: embedded_tasks()[name] for name in names if name in embedded_tasks()}
     tasks |= {name: found.task for name in names if (found := suites.find(name)) is not None}
     rest = [name for name in names if name not in tasks]
+    if longbench_config is None:
+        for name in rest:
+            _check_known(name, LONGBENCH_TASKS, groups)
     if not rest:
         return tasks
-    paths = [_config_file(name, longbench_config) for name in ("dataset2prompt.json", "dataset2maxlen.json")]
+    paths = [_config_file(name, longbench_config, changed_prompts) for name in CONFIG_SHA256]
     prompts, lengths = (_read_table(path) for path in paths)
     for name in rest:
         base = name.removesuffix(E_SUFFIX)
         if base not in prompts or base not in lengths:
-            known = ", ".join([*embedded_tasks(), *prompts, *suites.names()])
-            raise ValueError(f"no prompt for dataset {name!r}; known: {known}")
+            _check_known(name, [task for task in prompts if task in lengths], groups)
         check_template(prompts[base], f"{paths[0]}: {base!r}")
         if type(lengths[base]) is not int or lengths[base] < 1:
             raise ValueError(f"{paths[1]}: {base!r} must be a number of tokens, found {shown(lengths[base])}")
@@ -123,7 +136,24 @@ def load_tasks(datasets: Iterable[str], longbench_config: str | Path | None = No
     return tasks
 
 
-def _config_file(name: str, folder: str | Path | None) -> Path:
+def _check_known(name: str, asked: Collection[str], groups: Iterable[str]) -> None:
+    """Raises ValueError for a task without a prompt.
+
+    Args:
+        name: of the task; LongBench-E's may carry their suffix.
+        asked: tasks that LongBench's files have prompts for.
+        groups: further names that would have been allowed.
+    """
+    from asymkv.longbench import suites
+
+    if name.removesuffix(E_SUFFIX) not in asked:
+        known = list(dict.fromkeys([*groups, *embedded_tasks(), *asked, *suites.names()]))
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"unknown task {name!r}{hint}: no prompt for it; known: {', '.join(known)}")
+
+
+def _config_file(name: str, folder: str | Path | None, changed_prompts: bool) -> Path:
     if folder is None:
         return _fetched_config(name)
     path = Path(folder) / name
@@ -131,8 +161,10 @@ def _config_file(name: str, folder: str | Path | None) -> Path:
         raise FileNotFoundError(f"{path} does not exist; --longbench-config takes the config/ folder of LongBench")
     found = files.sha256_file(path)
     if found != CONFIG_SHA256[name]:
-        logger.warning("%s has sha256 %s, LongBench's own %s: scores are not LongBench's", path, found,
-                       CONFIG_SHA256[name])  # fmt: skip
+        differs = f"{path} has sha256 {found}, LongBench's own {CONFIG_SHA256[name]}: scores are not LongBench's"
+        if not changed_prompts:
+            raise ValueError(f"{differs}; if the prompts are meant to differ, say changed_prompts (--changed-prompts)")
+        logger.warning(differs)
     return path
 
 
@@ -203,6 +235,8 @@ def load_rows(
     """
     from asymkv.longbench import suites
 
+    if max_samples is not None:
+        check_integer("max_samples", max_samples, 1)
     suite = suites.find(dataset)
     if suite is not None:
         rows = suite.build(suites.Source(None if data_dir is None else Path(data_dir), reader), options or {})

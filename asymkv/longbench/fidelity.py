@@ -16,16 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from asymkv import CompressionConfig
 from asymkv.longbench import files, peers
-from asymkv.longbench.arms import FULL, NONE, Arm, ArmError, BaseArm
+from asymkv.longbench.arms import FULL, NONE, Arm, ArmError, BaseArm, named_refusal
 from asymkv.longbench.data import Row, Task
+from asymkv.longbench.fidelity_experiment import Cell, Experiment, TextSettings
 from asymkv.longbench.jsonl import NotFiniteError
 from asymkv.longbench.measure import Protocol, Subject, measure, prompt_of
-from asymkv.longbench.press_arms import PressArm, PressSpec
+from asymkv.longbench.press_arms import PressArm
 from asymkv.longbench.records import Record, RecordFolder
 from asymkv.longbench.retention import (
     Prefix,
@@ -38,9 +38,7 @@ from asymkv.longbench.retention import (
 )
 from asymkv.longbench.sample import Sample
 from asymkv.longbench.shared_prefill import prefill_together, share_groups
-from asymkv.paths import config_path
 
-Cell = Arm | PressArm
 KEY_FIELDS = ("kind", "dataset", "id", "arm", "ratio")
 # Of a row's record; what could repeat the row's text stays out.
 ROW_FIELDS = (
@@ -50,136 +48,6 @@ ROW_FIELDS = (
 )  # fmt: skip
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class ArmSettings:
-    """A named configuration that runs at several ratios.
-
-    Args:
-        name: in tables and records.
-        settings: keyword arguments of ``CompressionConfig``, or a press of kvpress as a mapping, without ``ratio``.
-        references: arms that the report compares this one with, row by row.
-        ratios: shares of rows kept that it runs at.
-    """
-
-    name: str
-    settings: dict[str, Any]
-    references: tuple[str, ...] = ()
-    ratios: tuple[float, ...] = ()
-
-    @property
-    def is_full(self) -> bool:
-        """Whether this is the full cache, which has no ratio."""
-        return self.settings.get("method") == FULL
-
-    @property
-    def is_press(self) -> bool:
-        """Whether this is a press of kvpress, which is measured in an environment of its own."""
-        return "press" in self.settings
-
-    def arm(self, ratio: float | None) -> Cell:
-        """The arm at one ratio."""
-        if self.is_press:
-            return PressArm(self.name, PressSpec.from_mapping(self.settings), ratio)
-        extra = {} if ratio is None else {"ratio": ratio}
-        return Arm(self.name, CompressionConfig(**self.settings, **extra))
-
-
-@dataclasses.dataclass(frozen=True)
-class TextSettings:
-    """Windows of the long texts: tokens compressed, tokens scored after them, windows of each text."""
-
-    prefix_tokens: int = 3072
-    target_tokens: int = 256
-    windows: int = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """What a yaml file of ``configs/experiments/`` says.
-
-    Args:
-        name: of the experiment.
-        sample: sample file, relative to the yaml's folder.
-        ratios: shares of rows kept.
-        arms: the arms; exactly one has ``method: full``.
-        texts: windows of the long texts.
-    """
-
-    name: str
-    sample: Path
-    ratios: tuple[float, ...]
-    arms: tuple[ArmSettings, ...]
-    texts: TextSettings = TextSettings()
-
-    def cells(self, names: Sequence[str] | None = None) -> list[Cell]:
-        """The full cache first, then every arm (or the named ones) at every ratio.
-
-        Raises:
-            ValueError: for an unknown name; lists the arms.
-        """
-        unknown = sorted(set(names or ()) - {arm.name for arm in self.arms})
-        if unknown:
-            raise ValueError(f"unknown arms {unknown}; {self.name} has {', '.join(arm.name for arm in self.arms)}")
-        full = [arm.arm(None) for arm in self.arms if arm.is_full]
-        chosen = [arm for arm in self.arms if not arm.is_full and (not names or arm.name in names)]
-        return full + [arm.arm(ratio) for arm in chosen for ratio in arm.ratios]
-
-
-def load_experiment(path_or_name: str | Path) -> Experiment:
-    """Reads an experiment's yaml, or a shipped one by name.
-
-    Raises:
-        ValueError: for unknown keys, two arms of one name, an unknown reference, or not exactly one full-cache arm.
-    """
-    path = Path(path_or_name)
-    path = path if path.is_file() else config_path(f"experiments/{path_or_name}.yaml")
-    table = yaml.safe_load(path.read_text(encoding="utf-8"))
-    known = {"name", "sample", "ratios", "arms", "texts", "defaults"}
-    if set(table) - known:
-        raise ValueError(f"{path.name}: unknown keys {sorted(set(table) - known)}; allowed: {sorted(known)}")
-    ratios = tuple(float(ratio) for ratio in table["ratios"])
-    arms = tuple(_read_arm(entry, table.get("defaults", {}), ratios) for entry in table["arms"])
-    names = [arm.name for arm in arms]
-    if len(set(names)) < len(names) or NONE in names:
-        raise ValueError(f"{path.name}: arms need names of their own, and not {NONE!r}; found {names}")
-    if sum(arm.is_full for arm in arms) != 1:
-        raise ValueError(f"{path.name}: exactly one arm must have method {FULL!r}, the reference of all measures")
-    for arm in arms:
-        if set(arm.references) - set(names):
-            raise ValueError(f"{path.name}: {arm.name} is compared with {arm.references}; the arms are {names}")
-    texts = TextSettings(**table.get("texts", {}))
-    return Experiment(table["name"], path.parent / table["sample"], ratios, arms, texts)
-
-
-def join_experiments(experiments: Sequence[Experiment]) -> Experiment:
-    """One experiment with the arms of several, each at its own ratios.
-
-    Raises:
-        ValueError: where they take different rows or windows, or mean different things by one arm's name.
-    """
-    first, arms = experiments[0], {}
-    for one in experiments:
-        for name in ("sample", "texts"):
-            if getattr(one, name) != getattr(first, name):
-                raise ValueError(f"{first.name} and {one.name} cannot be joined: their {name} differ")
-        for arm in one.arms:
-            if arms.setdefault(arm.name, arm) != arm:
-                raise ValueError(f"{one.name}: arm {arm.name!r} has other settings in another experiment")
-    if sum(arm.is_full for arm in arms.values()) != 1:
-        raise ValueError(f"the full cache has one name in all experiments, found {list(arms)}")
-    ratios = tuple(dict.fromkeys(ratio for one in experiments for ratio in one.ratios))
-    name = "+".join(one.name for one in experiments)
-    return dataclasses.replace(first, name=name, ratios=ratios, arms=tuple(arms.values()))
-
-
-def _read_arm(entry: Mapping[str, Any], defaults: Mapping[str, Any], ratios: tuple[float, ...]) -> ArmSettings:
-    own = {key: value for key, value in entry.items() if key not in ("name", "compare")}
-    if own.get("method") == FULL:
-        return ArmSettings(entry["name"], own)
-    own = own if "press" in own else {**defaults, **own}
-    return ArmSettings(entry["name"], own, tuple(entry.get("compare", ())), ratios)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,8 +77,8 @@ def without_context() -> Arm:
 class FidelityRun:
     """Measures cells on one model and appends what it finds to a folder.
 
-    An arm that stores more than its settings allow, fails, or gives NaN is not recorded and not run again; ``refused``
-    says why, by arm, so that the others of a long run are still measured.
+    An arm that stores more than its settings allow, refuses a prompt, fails, or gives NaN is not recorded and not run
+    again; ``refused`` says why, by arm, so that the others of a long run are still measured.
 
     Args:
         subject: an unpatched model, and how it is prompted.
@@ -270,7 +138,7 @@ class FidelityRun:
 
     def _prefixes(self, cells: Sequence[Cell], ids: Sequence[int]) -> Iterator[tuple[Cell, Prefix | None]]:
         """The cells that still run, with their prefix of ``ids`` where a prefill was shared."""
-        for group in share_groups(cells) if self.share and ids else ([cell] for cell in cells):
+        for group in share_groups(cells, len(ids)) if self.share and ids else ([cell] for cell in cells):
             group = [cell for cell in group if cell.name not in self.refused]
             shared = prefill_together(self.subject, group, ids) if len(group) > 1 else [None] * len(group)
             for cell in group:
@@ -286,6 +154,8 @@ class FidelityRun:
         reference: Tensor | None = None
         cells = [*full, *(cell for cell in missing if cell not in full)] if missing else []
         for cell, prefix in self._prefixes(cells, window.prefix):
+            if reference is None and cell.compresses:
+                return  # the full cache was refused: nothing to compare with
             yield cell.name
             with self._patched(cell):
                 logits, values = self._continue(cell, window, prefix)
@@ -297,7 +167,8 @@ class FidelityRun:
     def _continue(self, cell: BaseArm, window: Window, shared: Prefix | None) -> tuple[Tensor, Record]:
         """Logits of a window's targets behind its compressed prefix, and what that stores."""
         started = time.perf_counter()
-        prefix = shared or compress(self.subject.model, window.prefix)
+        with named_refusal(cell, window.text, str(window.index)):
+            prefix = shared or compress(self.subject.model, window.prefix)
         seconds = None if shared else time.perf_counter() - started
         cell.check(prefix.cache, len(window.prefix), 0)
         values = {"prefill_seconds": seconds, **cell.stored(prefix.cache, self.subject.model)}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from asymkv.files import csv_text, write_atomic
 from asymkv.longbench import fidelity_report
-from asymkv.longbench.fidelity import Experiment
+from asymkv.longbench.fidelity_experiment import Experiment
 from asymkv.longbench.records import Record, RecordFolder
 
 

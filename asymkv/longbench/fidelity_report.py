@@ -13,7 +13,7 @@ import numpy as np
 from asymkv.files import csv_text, write_atomic
 from asymkv.longbench import needle_plot
 from asymkv.longbench.arms import NONE
-from asymkv.longbench.fidelity import Experiment
+from asymkv.longbench.fidelity_experiment import Experiment
 from asymkv.longbench.fidelity_plot import MIB, plot
 from asymkv.longbench.records import Record, RecordFolder, merged_settings
 from asymkv.longbench.retention import Estimate, paired_pairs, pooled_ratio, retention_pairs

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from asymkv.checks import check_integer
 from asymkv.longbench import retention
-from asymkv.longbench.arms import BaseArm
+from asymkv.longbench.arms import BaseArm, named_refusal
 from asymkv.longbench.data import Row, Task
 from asymkv.longbench.memory import DeviceMemory, HostMemory
 from asymkv.longbench.models import ModelSpec, devices_of, input_device
@@ -62,6 +63,9 @@ class Protocol:
     def __post_init__(self) -> None:
         if self.name not in retention.PROTOCOLS:
             raise ValueError(f"unknown protocol {self.name!r}; choose from {', '.join(retention.PROTOCOLS)}")
+        if self.max_new_tokens is not None:
+            check_integer("max_new_tokens", self.max_new_tokens, 1)
+        check_integer("max_gold_tokens", self.max_gold_tokens, 1)
 
 
 @torch.no_grad()
@@ -77,11 +81,19 @@ def measure(
 
     Raises:
         StoredTooMuchError: if the cache holds more than the arm allows.
+        ArmError: if the arm's method refuses the prompt; names dataset and row.
     """
-    if "turns" in row:
-        from asymkv.longbench.turns import measure_turns
+    with named_refusal(arm, task.dataset, row["_id"]):
+        if "turns" in row:
+            from asymkv.longbench.turns import measure_turns
 
-        return measure_turns(subject, arm, task, row, protocol)
+            return measure_turns(subject, arm, task, row, protocol)
+        return _measure(subject, arm, task, row, protocol, shared)
+
+
+def _measure(
+    subject: Subject, arm: BaseArm, task: Task, row: Row, protocol: Protocol, shared: retention.Prefix | None
+) -> Record:
     prompt = prompt_of(subject, arm, task, row)
     first, rest = retention.split_prompt(prompt, protocol.name)
     host, accelerators = HostMemory(), DeviceMemory(*devices_of(subject.model))

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
+from numbers import Real
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from asymkv.longbench import rouge_l
+from asymkv.longbench.jsonl import shown
 
 Metric = Callable[..., float]
 
@@ -228,8 +231,19 @@ def score_sample(
         answers: reference answers.
         all_classes: class names of a classification task, else None.
         metric: used in place of the dataset's own.
+
+    Raises:
+        ValueError: for a prediction, answers or classes of another kind; names what was found.
     """
     chosen = metric or metric_for(dataset)
+    _check_classes(dataset, chosen, all_classes)
+    _check_texts(dataset, chosen, prediction, answers)
+    return _best(dataset, chosen, prediction, answers, all_classes)
+
+
+def _best(
+    dataset: str, chosen: Metric, prediction: str, answers: Sequence[str], all_classes: Sequence[str] | None
+) -> float:
     if dataset.removesuffix("_e") in FIRST_LINE_TASKS:
         prediction = prediction.lstrip("\n").split("\n")[0]
     return max((chosen(prediction, answer, all_classes=all_classes) for answer in answers), default=0.0)
@@ -248,11 +262,15 @@ def score_dataset(
         predictions: one per sample.
         answers: reference answers of each sample.
         all_classes: class names of a classification task, else None.
+
+    Raises:
+        ValueError: for columns that are no lists or of different lengths, and for an entry of another kind; names the
+            row's index, the field and what was found.
     """
-    _check_lengths(dataset, predictions=predictions, answers=answers)
+    chosen = _check_columns(dataset, predictions, answers, all_classes)
     total = 0.0
     for text, gold in zip(predictions, answers, strict=True):
-        total += score_sample(dataset, text, gold, all_classes)
+        total += _best(dataset, chosen, text, gold, all_classes)
     return round(100 * total / len(predictions), 2)
 
 
@@ -271,19 +289,64 @@ def score_dataset_e(
         answers: reference answers of each sample.
         all_classes: class names of a classification task, else None.
         lengths: the samples' ``length`` fields (words).
+
+    Raises:
+        ValueError: as :func:`score_dataset`, and for a length that is no number of words.
     """
-    _check_lengths(dataset, predictions=predictions, answers=answers, lengths=lengths)
+    chosen = _check_columns(dataset, predictions, answers, all_classes, lengths=lengths)
+    for index, length in enumerate(lengths):
+        if not isinstance(length, Real) or isinstance(length, bool) or not 0 <= length < math.inf:
+            raise ValueError(f"{dataset}, row {index}: field 'length' must be a number >= 0, found {shown(length)}")
     buckets: dict[str, list[float]] = {name: [] for name, _ in LENGTH_BUCKETS}
     for text, gold, length in zip(predictions, answers, lengths, strict=True):
         name = next(name for name, end in LENGTH_BUCKETS if length < end)
-        buckets[name].append(score_sample(dataset, text, gold, all_classes))
+        buckets[name].append(_best(dataset, chosen, text, gold, all_classes))
     # numpy's mean and rounding are LongBench's, and differ from the built-in ones in the last digit of rare cases.
     return {name: float(round(100 * np.mean(s), 2)) if s else float("nan") for name, s in buckets.items()}
 
 
-def _check_lengths(dataset: str, **columns: Sequence[Any]) -> None:
+def _is_list(value: Any) -> bool:
+    """Whether a value is a column of entries, and no text, whose characters would pass for them."""
+    return isinstance(value, Collection) and not isinstance(value, (str, bytes, Mapping))
+
+
+def _check_columns(
+    dataset: str,
+    predictions: Sequence[str],
+    answers: Sequence[Sequence[str]],
+    all_classes: Sequence[str] | None,
+    **more: Sequence[Any],
+) -> Metric:
+    """The dataset's metric, once it can read every row."""
+    columns = {"predictions": predictions, "answers": answers, **more}
+    for name, column in columns.items():
+        if not _is_list(column):
+            raise ValueError(f"{dataset}: {name} must be a list with one entry per sample, found {shown(column)}")
     sizes = {name: len(column) for name, column in columns.items()}
     if len(set(sizes.values())) != 1:
         raise ValueError(f"{dataset}: columns of different lengths: {sizes}")
     if 0 in sizes.values():
         raise ValueError(f"{dataset}: nothing to score")
+    chosen = metric_for(dataset)
+    _check_classes(dataset, chosen, all_classes)
+    for index, (text, gold) in enumerate(zip(predictions, answers, strict=True)):
+        _check_texts(f"{dataset}, row {index}", chosen, text, gold)
+    return chosen
+
+
+def _check_classes(dataset: str, chosen: Metric, all_classes: Any) -> None:
+    """Classes that are looked for in an answer: a text's characters would be found in any."""
+    good = _is_list(all_classes) and len(all_classes) > 0 and all(isinstance(name, str) for name in all_classes)
+    if chosen is classification_score and not good:
+        raise ValueError(f"{dataset}: all_classes must be the task's class names, at least one, found "
+                         f"{shown(all_classes)}")  # fmt: skip
+
+
+def _check_texts(place: str, chosen: Metric, prediction: Any, answers: Any) -> None:
+    """One row's prediction and reference answers; errors begin with ``place``."""
+    if not isinstance(prediction, str):
+        raise ValueError(f"{place}: field 'prediction' must be a string, found {shown(prediction)}")
+    # A count is compared as text, whatever it is given as.
+    kinds = (str, int) if chosen is count_score else (str,)
+    if not _is_list(answers) or not all(isinstance(answer, kinds) for answer in answers):
+        raise ValueError(f"{place}: field 'answers' must be a list of strings, found {shown(answers)}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from asymkv.checks import check_integer
 from asymkv.files import sha256
 from asymkv.longbench import suites
 from asymkv.longbench.data import Row, embedded_tasks, ids_sha256, load_rows
@@ -109,9 +110,9 @@ def shared_text(context: str, runs: Collection[str]) -> float:
 
 def _one_per_context(rows: Sequence[Row]) -> list[Row]:
     best: dict[str, Row] = {}
-    for row in sorted(rows, key=lambda row: (-len(row["answers"][0]), row["_id"])):
-        if row["answers"][0].strip():
-            best.setdefault(row["context"], row)
+    answered = [row for row in rows if row["answers"] and row["answers"][0].strip()]
+    for row in sorted(answered, key=lambda row: (-len(row["answers"][0]), row["_id"])):
+        best.setdefault(row["context"], row)
     return list(best.values())
 
 
@@ -204,10 +205,12 @@ def load_sample(
     Args:
         sample: the ids.
         data_dir: folder of ``<task>.jsonl``, or None for the embedded tasks and the hub.
-        max_rows: only the first so many of each task.
+        max_rows: only the first so many of each task; 0 = none.
         options: settings of the rows, as they were for the sample.
         reader: the model's tokenizer and prompt rules.
     """
+    if max_rows is not None:
+        check_integer("max_rows", max_rows, 0)
     columns = {
         task: _rows(task, data_dir, options, reader, row_ids=ids[:max_rows]) for task, ids in sample.tasks.items()
     }

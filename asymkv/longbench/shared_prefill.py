@@ -7,19 +7,33 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from asymkv.branches import prefill_key, prefill_many
+from asymkv.checks import PromptRefusedError
 from asymkv.longbench.arms import Arm, BaseArm
 from asymkv.longbench.measure import Subject
 from asymkv.longbench.models import input_device
 from asymkv.longbench.retention import Prefix
 
 
-def share_groups(cells: Sequence[BaseArm]) -> Iterator[list[BaseArm]]:
-    """Cells that one prefill serves, in the order of their first ones; all others, and the full cache, alone."""
+def share_groups(cells: Sequence[BaseArm], tokens: int) -> Iterator[list[BaseArm]]:
+    """Cells that one prefill of so many tokens serves, in the order of their first ones.
+
+    All others, and the full cache, are alone. So are those that refuse such a prompt: they are refused in their turn,
+    and a group loses nobody else.
+    """
     groups: dict[object, list[BaseArm]] = {}
     for cell in cells:
-        key = prefill_key(cell.config) if isinstance(cell, Arm) and cell.compresses else None
+        key = prefill_key(cell.config) if isinstance(cell, Arm) and _shares(cell, tokens) else None
         groups.setdefault(id(cell) if key is None else key, []).append(cell)
     yield from groups.values()
+
+
+def _shares(cell: Arm, tokens: int) -> bool:
+    """Whether an arm compresses a prompt of so many tokens, and does not refuse it."""
+    try:
+        cell.config.options.check_prompt(tokens, cell.config)
+    except PromptRefusedError:
+        return False
+    return cell.compresses
 
 
 def prefill_together(subject: Subject, cells: Sequence[BaseArm], ids: Sequence[int]) -> list[Prefix]:

@@ -71,7 +71,7 @@ class Method:
                              f"found {config.chunk_size}")
 
     def check_prompt(self, tokens: int, config: CompressionConfig) -> None:
-        """Raises ValueError for a prompt of so many own tokens that the method cannot do what is asked."""
+        """Raises PromptRefusedError for a prompt of so many own tokens that the method cannot do what is asked."""
 
     def layer_tokens(self, model: PreTrainedModel) -> tuple[int, ...] | None:
         """Tokens of a prompt that reach each layer at most, never more than the layer before; None: all.

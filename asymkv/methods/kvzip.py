@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from asymkv.chat import chat_text, encode, load_tokenizer
+from asymkv.checks import PromptRefusedError
 from asymkv.methods.base import Method
 from asymkv.plan import CompactionPlan
 from asymkv.reconstruction import Wording
@@ -118,17 +119,17 @@ class KVzip(Method):
         """A prefix that is always kept must leave room for the context.
 
         Raises:
-            ValueError: for a budget that the prefix fills.
+            PromptRefusedError: for a budget that the prefix fills.
         """
         rows = config.budget if config.ratio is None else int(config.ratio * tokens)
         if isinstance(rows, int) and isinstance(self.prefix, int):
             self.check_prefix(self.prefix, rows, tokens)
 
     def check_prefix(self, prefix: int, rows: int, tokens: int) -> None:
-        """Raises ValueError where ``prefix`` rows that are always kept leave none of ``rows`` to a longer prompt."""
+        """Raises an error where ``prefix`` rows that are always kept leave none of ``rows`` to a longer prompt."""
         if self.keep_prefix and prefix >= rows < tokens and self.compresses:
-            raise ValueError(f"prefix={prefix} rows are always kept, and {rows} rows per KV head hold nothing else; "
-                             "give a larger budget or ratio, or keep_prefix=False")
+            raise PromptRefusedError(f"prefix={prefix} rows are always kept, and {rows} rows per KV head hold nothing "
+                                     "else; give a larger budget or ratio, or keep_prefix=False")
 
     def _check_level(self, config: CompressionConfig) -> None:
         """A level is a split of the budget; "head" and "pair_uniform" mean exactly one."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from asymkv.checks import check_choice, check_flag, check_integer
+from asymkv.checks import PromptRefusedError, check_choice, check_flag, check_integer
 from asymkv.methods.base import Method
 from asymkv.observations import attention_mass, newest
 from asymkv.view import RowView
@@ -125,9 +125,9 @@ class DynamicKV(SnapKV):
 
 
 def require_longer_prompt(tokens: int, config: CompressionConfig) -> None:
-    """Raises ValueError for a ratio below 1 of a prompt no longer than the window."""
+    """Raises PromptRefusedError for a ratio below 1 of a prompt no longer than the window."""
     if config.ratio is not None and config.ratio < 1 and tokens <= config.window_size:
-        raise ValueError(
+        raise PromptRefusedError(
             f"window_size={config.window_size} is not shorter than the prompt of {tokens} tokens, so that nothing "
             f"could be dropped for ratio={config.ratio}; use a smaller window_size, or method='full'"
         )

@@ -138,7 +138,7 @@ def test_cells_of_a_run_are_grouped_by_what_they_can_share():
         arm("h2o", ratio=0.2),
         arm("adakv", ratio=0.2),
     ]
-    names = [[cell.name for cell in group] for group in share_groups(cells)]
+    names = [[cell.name for cell in group] for group in share_groups(cells, 200)]
     assert names == [["full"], ["h2o"], ["snapkv", "adakv"], ["h2o"]]
     model = tiny_model()
     subject = Subject(model, None, ModelSpec("tiny", "tiny", 512), frozenset())

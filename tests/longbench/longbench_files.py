@@ -50,6 +50,7 @@ def pred_arguments(inputs: Path, model: Path, out: Path, *more: str, task: str =
     command = ["--model", str(model), "--max-length", "500", "--dtype", "float32", "--device", "cpu", "--threads", "1"]
     command += ["--data-dir", str(inputs), "--datasets", task, "--longbench-config", str(inputs), "--out", str(out)]
     command += ["--method", ",".join(METHODS), "--ratio", "0.5", "--set", "sink_size=2", "--set", "window_size=8"]
+    command += ["--changed-prompts"]
     return [*command, "--protocol", PROTOCOL.name, "--max-new-tokens", str(PROTOCOL.max_new_tokens), *more]
 
 

@@ -11,6 +11,7 @@ import yaml
 
 from asymkv.longbench import fidelity, fidelity_report, needle_plot, peers, sample
 from asymkv.longbench.arms import StoredTooMuchError
+from asymkv.longbench.fidelity_experiment import join_experiments, load_experiment
 from asymkv.longbench.records import RecordFolder
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "fidelity.py"
@@ -247,18 +248,18 @@ def test_a_folder_of_one_experiment_takes_the_arms_of_another(folder, finished, 
 
 
 def test_experiments_that_cannot_be_joined_say_why(folder):
-    one = fidelity.load_experiment(folder / "tiny.yaml")
-    other = fidelity.load_experiment("foundation")
+    one = load_experiment(folder / "tiny.yaml")
+    other = load_experiment("foundation")
     with pytest.raises(ValueError, match="tiny and foundation cannot be joined: their sample differ"):
-        fidelity.join_experiments([one, other])
+        join_experiments([one, other])
     changed = dataclasses.replace(one.arms[1], settings={"method": "h2o"})
     twin = dataclasses.replace(one, name="twin", arms=(one.arms[0], changed))
     with pytest.raises(ValueError, match="twin: arm 'window' has other settings"):
-        fidelity.join_experiments([one, twin])
+        join_experiments([one, twin])
     renamed = dataclasses.replace(one, arms=(dataclasses.replace(one.arms[0], name="whole"),))
     with pytest.raises(ValueError, match="one name in all experiments"):
-        fidelity.join_experiments([one, renamed])
-    assert fidelity.join_experiments([one]) == one
+        join_experiments([one, renamed])
+    assert join_experiments([one]) == one
 
 
 def test_several_models_make_one_table(folder, tmp_path):
@@ -293,7 +294,7 @@ def fixture_results(folder):
         for arm, pair in losses.items()
         for i, nll in enumerate(pair)
     ]
-    return fidelity_report.Results(records, fidelity.load_experiment(folder / "tiny.yaml"))
+    return fidelity_report.Results(records, load_experiment(folder / "tiny.yaml"))
 
 
 def test_report_from_fixture_records(folder):
@@ -347,7 +348,7 @@ def needle_records(dataset, found):
 
 def test_needles_of_each_dataset_have_their_own_heat_map(folder, tmp_path):
     records = [*needle_records("needle", [True] * 4), *needle_records("needle_multikey", [True, False, False, False])]
-    results = fidelity_report.Results(records, fidelity.load_experiment(folder / "tiny.yaml"))
+    results = fidelity_report.Results(records, load_experiment(folder / "tiny.yaml"))
     grids = fidelity_report.needle_grids(results)
     assert list(grids) == ["needle", "needle_multikey"] and list(grids["needle"]) == [("full", None), ("window", 0.5)]
     assert grids["needle"]["window", 0.5] == {1000: {0.1: (1, 1), 0.9: (1, 1)}, 2000: {0.1: (1, 1), 0.9: (1, 1)}}
@@ -366,7 +367,7 @@ def test_needles_of_each_dataset_have_their_own_heat_map(folder, tmp_path):
 
 def test_time_of_compression_is_the_median_multiple_of_the_full_caches_prefill(folder):
     records = list(needle_records("needle", [True] * 4))
-    results = fidelity_report.Results(records, fidelity.load_experiment(folder / "tiny.yaml"))
+    results = fidelity_report.Results(records, load_experiment(folder / "tiny.yaml"))
     summary = {row["arm"]: row for row in fidelity_report.summarise(results)}
     assert summary["full"]["prefill_over_full"] == 1.0
     assert summary["window"]["prefill_over_full"] == 1.75  # of 1, 1.5, 2, 20
@@ -380,21 +381,3 @@ def test_an_unfinished_arm_is_marked(folder):
     summary = {row["arm"]: row for row in fidelity_report.summarise(results)}
     assert not summary["merge"]["complete"]
     assert "1 (unfinished)" in fidelity_report.main_table(list(summary.values()))
-
-
-def test_experiment_errors_name_what_is_wrong(tmp_path):
-    base = {"name": "x", "sample": "s.json", "ratios": [0.5], "arms": ARMS}
-    broken = {
-        "unknown keys": {**base, "armz": []},
-        "names of their own": {**base, "arms": [*ARMS, ARMS[1]]},
-        "exactly one arm": {**base, "arms": ARMS[1:2]},
-        "is compared with": {**base, "arms": [ARMS[0], ARMS[2]]},
-    }
-    for message, table in broken.items():
-        path = tmp_path / "broken.yaml"
-        path.write_text(yaml.safe_dump(table), encoding="utf-8")
-        with pytest.raises(ValueError, match=message):
-            fidelity.load_experiment(path)
-    with pytest.raises(ValueError, match="unknown arms"):
-        path.write_text(yaml.safe_dump(base), encoding="utf-8")
-        fidelity.load_experiment(path).cells(["nothing"])

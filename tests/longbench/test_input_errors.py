@@ -90,7 +90,7 @@ def test_a_bad_template_is_named_by_file_and_task(template: object, message: str
     (tmp_path / "dataset2prompt.json").write_text(json.dumps({"qasper": template}), encoding="utf-8")
     (tmp_path / "dataset2maxlen.json").write_text('{"qasper": 9}', encoding="utf-8")
     with pytest.raises(ValueError, match=f"dataset2prompt.json: {message}"):
-        data.load_tasks(["qasper"], tmp_path)
+        data.load_tasks(["qasper"], tmp_path, changed_prompts=True)
 
 
 @pytest.mark.parametrize(("lengths", "message"), [('{"qasper": "9"}', "'qasper' must be a number"), ("{", "not JSON")])
@@ -98,15 +98,20 @@ def test_a_bad_answer_length_is_named_by_file(lengths: str, message: str, tmp_pa
     (tmp_path / "dataset2prompt.json").write_text('{"qasper": "{context}"}', encoding="utf-8")
     (tmp_path / "dataset2maxlen.json").write_text(lengths, encoding="utf-8")
     with pytest.raises(ValueError, match=f"dataset2maxlen.json.*{message}"):
-        data.load_tasks(["qasper"], tmp_path)
+        data.load_tasks(["qasper"], tmp_path, changed_prompts=True)
 
 
-def test_prompts_that_are_not_longbenchs_are_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_prompts_that_are_not_longbenchs_are_refused_unless_they_are_meant_to_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "dataset2prompt.json").write_text('{"qasper": "{context}"}', encoding="utf-8")
     (tmp_path / "dataset2maxlen.json").write_text('{"qasper": 9}', encoding="utf-8")
-    with caplog.at_level(logging.WARNING):
+    found, own = data.files.sha256(b'{"qasper": "{context}"}'), data.CONFIG_SHA256["dataset2prompt.json"]
+    with pytest.raises(ValueError, match=f"prompt.json has sha256 {found}, LongBench's own {own}: .*--changed-prompts"):
         data.load_tasks(["qasper"], tmp_path)
-    assert f"LongBench's own {data.CONFIG_SHA256['dataset2prompt.json']}" in caplog.text
+    with caplog.at_level(logging.WARNING):
+        data.load_tasks(["qasper"], tmp_path, changed_prompts=True)
+    assert f"LongBench's own {own}" in caplog.text
 
 
 def test_a_field_that_the_row_lacks_is_named(tokenizer, spec: models.ModelSpec) -> None:

@@ -102,7 +102,7 @@ def run(folder, out, *extra):
     base = ["--experiment", str(folder / "ours.yaml"), str(folder / "theirs.yaml"), "--data-dir", str(folder)]
     base += ["--model", str(folder / "model"), "--max-length", "900", "--no-chat-template", "--dtype", "float32"]
     base += ["--longbench-config", str(folder), "--texts", str(folder / "texts"), "--out", str(out)]
-    load_script("fidelity").main([*base, *extra])
+    load_script("fidelity").main([*base, "--changed-prompts", *extra])
 
 
 def read(out, kind="row"):
@@ -210,6 +210,7 @@ def test_pred_measures_presses_in_the_same_run(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "check", lambda specs: None)
     arguments = ["--model", str(folder / "model"), "--max-length", "900", "--dtype", "float32", "--device", "cpu"]
     arguments += ["--no-chat-template", "--data-dir", str(folder), "--longbench-config", str(folder)]
+    arguments += ["--changed-prompts"]
     arguments += ["--methods", "full,none,kvpress_tova,kvpress:TOVAPress,kvpress:AdaKVPress(SnapKVPress)"]
     arguments += ["--set", "kvpress_AdaKVPress_SnapKVPress.alpha_safeguard=0.5", "--ratio", "0.5"]
     load_script("pred").main([*arguments, "--protocol", "prompt", "--out", str(tmp_path)])

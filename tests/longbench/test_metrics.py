@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 
+import numpy as np
 import pytest
 
 from asymkv.longbench import metrics
@@ -158,6 +159,50 @@ def test_unknown_dataset_lists_the_known_ones() -> None:
 def test_columns_of_different_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="different lengths"):
         metrics.score_dataset("qasper", ["a", "b"], [["a"]], None)
+
+
+@pytest.mark.parametrize(
+    ("task", "predictions", "answers", "classes", "message"),
+    [
+        ("qasper", ["abc"], ["abc"], None, "qasper, row 0: field 'answers' must be a list of strings, found str 'abc'"),
+        ("qasper", ["a", "b"], [["a"], [5]], None, r"qasper, row 1: field 'answers' must be .*, found list \[5\]"),
+        ("qasper", ["a"], [None], None, "qasper, row 0: field 'answers' must be .*, found NoneType None"),
+        ("qasper", ["a", None], [["a"]] * 2, None, "row 1: field 'prediction' must be a string, found NoneType None"),
+        ("qasper", ["a"], [{"a": 1}], None, "row 0: field 'answers' must be a list of strings, found dict"),
+        ("qasper", "abc", [["a"], ["b"], ["c"]], None, "qasper: predictions must be a list .*, found str 'abc'"),
+        ("qasper", ["a"], "a", None, "qasper: answers must be a list with one entry per sample, found str 'a'"),
+        ("qasper", None, [["a"]], None, "qasper: predictions must be a list .*, found NoneType None"),
+        ("trec", ["Food"], [["Food"]], None, "trec: all_classes must be .* class names, .*, found NoneType None"),
+        ("trec", ["Food"], [["Food"]], "Food", "trec: all_classes must be .* class names, .*, found str 'Food'"),
+        ("lsht", ["Food"], [["Food"]], [], r"lsht: all_classes must be .* at least one, found list \[\]"),
+    ],
+)
+def test_columns_that_cannot_be_scored_are_named_by_row_and_field(
+    task: str, predictions: list, answers: list, classes: list | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        metrics.score_dataset(task, predictions, answers, classes)
+    with pytest.raises(ValueError, match=message):
+        metrics.score_dataset_e(task, predictions, answers, classes, [1] * len(answers))
+
+
+@pytest.mark.parametrize("length", ["x", None, float("nan"), float("inf"), -1, True])
+def test_a_length_that_is_no_number_of_words_is_named(length: object) -> None:
+    with pytest.raises(ValueError, match="qasper_e, row 1: field 'length' must be a number >= 0, found"):
+        metrics.score_dataset_e("qasper_e", ["a", "b"], [["a"], ["b"]], None, [10, length])
+
+
+def test_a_single_sample_is_checked_too() -> None:
+    with pytest.raises(ValueError, match="qasper: field 'answers' must be a list of strings, found str 'abc'"):
+        metrics.score_sample("qasper", "abc", "abc", None)
+
+
+def test_columns_may_be_arrays_and_tuples_and_counts_may_be_numbers() -> None:
+    texts, gold = np.array(["a cat", "dog"]), (np.array(["fish", "cat"]), ("cat",))
+    assert metrics.score_dataset("hotpotqa", texts, gold, None) == 50.0
+    assert metrics.score_dataset_e("hotpotqa", texts, gold, None, np.array([10, 20]))["0-4k"] == 50.0
+    assert metrics.score_dataset("passage_count", ["7"], [[7]], None) == 100.0
+    assert metrics.score_dataset("qasper", ["a"], [[]], None) == 0.0  # no answers: LongBench's 0
 
 
 def test_missing_package_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:

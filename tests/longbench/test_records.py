@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from asymkv.longbench import fidelity, sample
+from asymkv.longbench import fidelity, fidelity_experiment, sample
 from asymkv.longbench.records import RecordFolder, Shard
 from asymkv.paths import config_root
 
@@ -34,7 +34,7 @@ def test_bad_shards_raise(text):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (config_root() / "experiments").glob("*.yaml")))
 def test_the_shipped_experiments_and_their_sample_are_sound(name):
-    experiment = fidelity.load_experiment(name)
+    experiment = fidelity_experiment.load_experiment(name)
     cells = {(cell.name, cell.ratio) for cell in experiment.cells()}
     assert len(cells) == 1 + len(experiment.ratios) * (len(experiment.arms) - 1)
     chosen = sample.read_sample(experiment.sample)
@@ -84,9 +84,9 @@ def test_shared_text_is_found_whatever_context_it_stands_in():
 
 
 def test_the_shipped_samples_are_of_different_halves():
-    folder = fidelity.load_experiment("quality").sample.parent
+    folder = fidelity_experiment.load_experiment("quality").sample.parent
     tune, standing = (sample.read_sample(folder / f"{name}_sample.json") for name in ("tune", "standing"))
-    assert fidelity.load_experiment("quality_tune").sample.name == "tune_sample.json"
+    assert fidelity_experiment.load_experiment("quality_tune").sample.name == "tune_sample.json"
     for task, ids in tune.tasks.items():
         assert (len(ids), len(standing.tasks[task])) == (3, sample.ROWS_PER_TASK)
         assert not set(ids) & set(standing.tasks[task])

@@ -25,7 +25,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_work(inputs: Path, *, ratio: float = 0.5, methods: tuple[str, ...] = METHODS) -> runner.Work:
     made = arms.make_arms(methods, ratio=ratio, settings={"": {"sink_size": 2, "window_size": 8}})
-    return runner.Work(made, data.load_tasks([TASK], inputs), {TASK: data.load_rows(TASK, data_dir=inputs)}, PROTOCOL)
+    tasks = data.load_tasks([TASK], inputs, changed_prompts=True)
+    return runner.Work(made, tasks, {TASK: data.load_rows(TASK, data_dir=inputs)}, PROTOCOL)
 
 
 @pytest.fixture
@@ -65,6 +66,15 @@ def test_an_arm_of_another_model_or_other_rows_does_not_join_a_folder(inputs: Pa
     with pytest.raises(ValueError, match=r"full holds results of other settings: max_length, model differ"):
         runner.run(make_work(inputs, methods=("streaming_llm",)), other, tmp_path, ALONE)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_a_row_that_a_method_refuses_is_named(inputs: Path, subject, tmp_path: Path) -> None:
+    work = make_work(inputs, methods=("full", "snapkv"))
+    work.rows[TASK][2] = {**work.rows[TASK][2], "_id": "short", "context": "few", "input": "?"}
+    with pytest.raises(arms.ArmError, match=rf"snapkv refuses {TASK}, 'short': window_size=8 is not shorter than"):
+        runner.run(work, subject, tmp_path, ALONE)
+    lines = [json.loads(line) for line in stored_lines(tmp_path)]
+    assert [line["_id"] for line in lines if line["arm"] == "snapkv"] == ["row0", "row1"]
 
 
 def test_a_worker_with_other_rows_is_refused_before_it_measures(inputs: Path, subject, tmp_path: Path) -> None:

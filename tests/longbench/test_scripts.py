@@ -10,7 +10,18 @@ from types import ModuleType
 import pytest
 from tiny_models import tiny_model, tiny_tokenizer
 
+from asymkv.longbench.data import load_rows
+from asymkv.longbench.measure import Protocol
+from asymkv.longbench.sample import Sample, load_sample
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
+# What a command line must have, by script.
+NEEDED = {
+    "pred": ["--out", "x"], "fidelity": ["--out", "x", "--experiment", "methods"],
+    "compare": ["--model", "m", "--ratio", "0.5", "--context", "c", "--question", "q"],
+    "generate": ["--model", "m", "--prompt", "p"],
+}  # fmt: skip
+WITH_DTYPE = ("pred", "fidelity", "compare", "generate")
 
 
 @pytest.fixture
@@ -66,6 +77,41 @@ def test_compare_prints_both_answers_and_goes_on_where_it_stopped(
         compare.main([*args[:2], "--ratio", "0.5", *args[4:], "h2o"])
 
 
+def compare_arguments(model: Path, out: Path, *more: str) -> list[str]:
+    """The command line of scripts/compare.py on a made-up context."""
+    context = " ".join(f"w{i % 97}" for i in range(200))
+    args = ["--model", str(model), "--ratio", "0.3", "--context", context, "--question", "w3 w5"]
+    return [*args, "--max-new-tokens", "5", "--device", "cpu", "--out", str(out), *more]
+
+
+def test_an_answer_is_not_reused_once_the_methods_settings_have_changed(script, tiny_folder, tmp_path) -> None:
+    compare, out, own = script("compare"), tmp_path / "answers.json", tmp_path / "own.yaml"
+    args = compare_arguments(tiny_folder, out, "--methods", f"{own}, h2o")
+
+    def answers() -> dict[str, dict]:
+        return {a["method"]: a for a in json.loads(out.read_text(encoding="utf-8"))["answers"]}
+
+    own.write_text("{method: h2o, window_size: 8}", encoding="utf-8")
+    assert compare.main(args) == 0
+    first = answers()
+    own.write_text("{method: h2o, window_size: 16}", encoding="utf-8")
+    assert compare.main(args) == 0
+    second = answers()
+    assert [first[str(own)]["config"]["window_size"], second[str(own)]["config"]["window_size"]] == [8, 16]
+    assert second["full"] == first["full"] and second["h2o"] == first["h2o"]  # times and all: not measured again
+
+
+def test_answers_that_look_like_markup_are_shown_as_they_are(script, capsys) -> None:
+    compare = script("compare")
+    said = ["[/INST]", "[bold]x", "x=[i for i in y]", "[link=x]y[/link] :smile:"]
+    made = [compare.Answer(f"m{i}[red]", text, 0.3, 1, 1.0, 1.0) for i, text in enumerate(said)]
+    full = compare.Answer("full", "[/nothing] said", 1.0, 1, 1.0, 1.0)
+    args = compare.parse_args(["--model", "[/m]", "--ratio", "0.3", "--context", "c", "--question", "q"])
+    compare.show({each.method: each for each in (full, *made)}, args)
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("[/m]", "[/nothing] said", "m0[red]", *said))
+
+
 def test_dataset_groups_expand(script) -> None:
     pred = script("pred")
     names = pred.dataset_names(pred.parse_args(["--out", "x", "--datasets", "needle,english"]))
@@ -75,3 +121,68 @@ def test_dataset_groups_expand(script) -> None:
         "passage_retrieval",
         "code_completion",
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("pred", "--max-samples -1", "--max-samples: must be an integer >= 1; found '-1'"),
+        ("pred", "--max-samples 0", "--max-samples: must be an integer >= 1; found '0'"),
+        ("pred", "--max-new-tokens 0", "--max-new-tokens: must be an integer >= 1; found '0'"),
+        ("pred", "--max-new-tokens two", "--max-new-tokens: must be an integer >= 1; found 'two'"),
+        ("pred", "--threads -1", "--threads: must be an integer >= 1; found '-1'"),
+        ("pred", "--stop-ids a,b", "--stop-ids: must be token ids >= 0 separated by commas, such as 2,99; found 'a,b'"),
+        ("pred", "--method full,,none", "must be names separated by commas, none of them empty; found 'full,,none'"),
+        ("fidelity", "--max-rows -1", "--max-rows: must be an integer >= 0; found '-1'"),
+        ("fidelity", "--threads 0", "--threads: must be an integer >= 1; found '0'"),
+        ("fidelity", "--rows-per-task 0", "--rows-per-task: must be an integer >= 1; found '0'"),
+        ("compare", "--max-new-tokens -4", "--max-new-tokens: must be an integer >= 1; found '-4'"),
+        ("compare", "--threads 0", "--threads: must be an integer >= 1; found '0'"),
+        ("generate", "--max-new-tokens 0", "--max-new-tokens: must be an integer >= 1; found '0'"),
+        *[(name, "--dtype floaty", "invalid choice: 'floaty' (choose from ") for name in WITH_DTYPE],
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_at_once(script, capsys, name: str, given: str, message: str) -> None:
+    with pytest.raises(SystemExit):
+        script(name).parse_args([*NEEDED.get(name, []), *given.split()])
+    assert message in capsys.readouterr().err
+
+
+def test_the_least_that_sizes_may_be_is_taken(script) -> None:
+    args = script("pred").parse_args(["--out", "x", "--max-samples", "1", "--stop-ids", "2, 99"])
+    assert args.max_samples == 1 and args.stop_ids == [2, 99]
+    assert script("fidelity").parse_args([*NEEDED["fidelity"], "--max-rows", "0"]).max_rows == 0
+
+
+def test_blanks_around_names_are_no_part_of_them(script) -> None:
+    pred = script("pred")
+    args = pred.parse_args(["--out", "x", "--method", "full, none ,h2o", "--datasets", "needle , qasper"])
+    assert args.methods == ["full", "none", "h2o"] and pred.dataset_names(args) == ["needle", "qasper"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--method", "asymvk"], r"unknown method 'asymvk' \(did you mean 'asymkv'\?\); methods: .*'tova'.*"
+                                 r"shipped settings: .*'kvpress_knorm'"),
+        (["--datasets", "qasperr"], r"unknown task 'qasperr' \(did you mean 'qasper'\?\).*known: longbench, .*needle"),
+        (["--datasets", "longbnch"], r"unknown task 'longbnch' \(did you mean 'longbench'\?\)"),
+    ],
+)  # fmt: skip
+def test_a_mistyped_name_is_answered_with_the_known_ones(script, tmp_path, given: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        script("pred").main(["--out", str(tmp_path), "--ratio", "0.5", *given])
+
+
+@pytest.mark.parametrize("sizes", [{"max_new_tokens": 0}, {"max_new_tokens": -3}, {"max_gold_tokens": 0}])
+def test_the_library_takes_no_length_that_would_mean_another(sizes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(sizes))} must be an integer >= 1; found"):
+        Protocol(**sizes)
+
+
+def test_the_library_takes_no_number_of_rows_that_would_mean_another() -> None:
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match=f"max_samples must be an integer >= 1; found {wrong}"):
+            load_rows("needle", max_samples=wrong)
+    with pytest.raises(ValueError, match="max_rows must be an integer >= 0; found -1"):
+        load_sample(Sample({"needle": []}, None), None, max_rows=-1)
