@@ -32,7 +32,7 @@ from tqdm import tqdm
 from asymkv.arguments import DTYPES, not_negative, positive
 from asymkv.longbench import fidelity, models, peers, runner, suites
 from asymkv.longbench.checks import check_asked, check_gold
-from asymkv.longbench.data import Row, Task, load_tasks
+from asymkv.longbench.data import Row, Task, contents_sha256, load_tasks
 from asymkv.longbench.fidelity_experiment import Cell, Experiment, join_experiments, load_experiment
 from asymkv.longbench.fidelity_joint import write_joint_report
 from asymkv.longbench.fidelity_report import write_report
@@ -47,6 +47,7 @@ from asymkv.longbench.sample import (
     ROWS_PER_TASK,
     STANDING_TASKS,
     Sample,
+    first_rows,
     load_sample,
     pick_sample,
     read_sample,
@@ -118,6 +119,7 @@ class Inputs(NamedTuple):
     """What one process measures on: its share of the rows and windows."""
 
     sample: Sample
+    contents: str | None
     tasks: Mapping[str, Task]
     rows: list[tuple[str, Row]]
     texts: Mapping[str, str] | None
@@ -134,7 +136,10 @@ def load(args: argparse.Namespace, spec: models.ModelSpec, experiment: Experimen
     """Reads rows, prompts and texts, and loads the model."""
     made = {"options": args.options, "reader": suites.Reader(spec)}
     sample = pick_sample(args.sample or experiment.sample, args.tasks, args.data_dir, **made)
-    rows = load_sample(sample, args.data_dir, max_rows=args.max_rows, **made)
+    rows = load_sample(sample, args.data_dir, **made) if args.max_rows != 0 else []
+    # Of all rows, so that a folder that began with few of them takes the others.
+    contents = contents_sha256(row for _, row in rows) if rows else None
+    rows = first_rows(rows, args.max_rows)
     tasks = load_tasks(sample.tasks, args.longbench_config, changed_prompts=args.changed_prompts)
     texts = fidelity.read_texts(args.texts) if args.texts else None
     limit = min(spec.max_length, sample.max_prompt_tokens or spec.max_length)
@@ -145,7 +150,7 @@ def load(args: argparse.Namespace, spec: models.ModelSpec, experiment: Experimen
     check_asked((), tasks, asked, subject, Protocol(args.protocol, generate=False))
     windows = fidelity.windows_of(texts, subject.tokenizer, experiment.texts) if texts else []
     mine = slice(args.shard.index, None, args.shard.count)
-    return Inputs(sample, tasks, rows[mine], texts, windows[mine], subject)
+    return Inputs(sample, contents, tasks, rows[mine], texts, windows[mine], subject)
 
 
 def measure_cells(
@@ -158,8 +163,9 @@ def measure_cells(
 ) -> dict[str, str]:
     """Runs what the folder lacks of these cells; returns the arms that were refused, and why."""
     settings = fidelity.run_settings(
-        experiment, cells, inputs.subject, args.protocol, sample=inputs.sample, tasks=inputs.tasks, texts=inputs.texts
-    )
+        experiment, cells, inputs.subject, args.protocol, sample=inputs.sample, contents=inputs.contents,
+        tasks=inputs.tasks, texts=inputs.texts,
+    )  # fmt: skip
     ranks = runner.Ranks(args.shard.index, args.shard.count, torch.device(args.device))
     run.folder.claim(settings, {**runner.conditions(inputs.subject, ranks), **conditions})
     for task, row in tqdm(inputs.rows, desc="rows", disable=not inputs.rows):

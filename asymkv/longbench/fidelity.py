@@ -226,10 +226,11 @@ def run_settings(
     protocol: str,
     *,
     sample: Sample,
+    contents: str | None,
     tasks: Mapping[str, Task],
     texts: Mapping[str, str] | None,
 ) -> Record:
-    """Everything that the numbers depend on, for ``RecordFolder.claim``."""
+    """Everything that the numbers depend on, for ``RecordFolder.claim``; ``contents``: digest of the sample's rows."""
     arms = {}
     for cell in cells:
         # Neither the empty context nor a worker's own full cache, which is not recorded, has settings.
@@ -244,6 +245,7 @@ def run_settings(
         "dtype": str(subject.model.dtype).removeprefix("torch."),
         "protocol": protocol,
         "ids_sha256": sample.sha256,
+        "contents_sha256": contents,
         "prompts": {name: task.sha256 for name, task in tasks.items()},
         "texts": texts and texts_sha256(texts),
         "windows": texts and dataclasses.asdict(experiment.texts),

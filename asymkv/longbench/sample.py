@@ -7,7 +7,7 @@ Contexts are dealt into two halves, so that nothing is tuned on what is reported
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,7 +196,6 @@ def load_sample(
     sample: Sample,
     data_dir: str | Path | None,
     *,
-    max_rows: int | None = None,
     options: Mapping[str, Any] | None = None,
     reader: Reader | None = None,
 ) -> list[tuple[str, Row]]:
@@ -205,14 +204,22 @@ def load_sample(
     Args:
         sample: the ids.
         data_dir: folder of ``<task>.jsonl``, or None for the embedded tasks and the hub.
-        max_rows: only the first so many of each task; 0 = none.
         options: settings of the rows, as they were for the sample.
         reader: the model's tokenizer and prompt rules.
     """
-    if max_rows is not None:
-        check_integer("max_rows", max_rows, 0)
-    columns = {
-        task: _rows(task, data_dir, options, reader, row_ids=ids[:max_rows]) for task, ids in sample.tasks.items()
-    }
+    columns = {task: _rows(task, data_dir, options, reader, row_ids=ids) for task, ids in sample.tasks.items()}
     longest = max((len(rows) for rows in columns.values()), default=0)
     return [(task, rows[i]) for i in range(longest) for task, rows in columns.items() if i < len(rows)]
+
+
+def first_rows(rows: Sequence[tuple[str, Row]], count: int | None) -> list[tuple[str, Row]]:
+    """The first ``count`` rows of each task, in their order; 0 = none, None = all."""
+    if count is not None:
+        check_integer("max_rows", count, 0)
+    seen: Counter[str] = Counter()
+    found = []
+    for task, row in rows:
+        seen[task] += 1
+        if count is None or seen[task] <= count:
+            found.append((task, row))
+    return found

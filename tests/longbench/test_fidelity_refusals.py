@@ -110,3 +110,14 @@ def test_a_sample_is_chosen_among_the_rows_that_have_a_gold_answer(folder: Path)
     write_rows(folder / f"{TASK}.jsonl", rows)
     chosen = select_standing_sample(folder, len, tasks=[TASK], rows_per_task=1)
     assert chosen["tasks"] == {TASK: ["good"]}
+
+
+def test_rows_that_were_edited_under_their_ids_do_not_join_a_folder(folder: Path, tmp_path: Path) -> None:
+    """A folder that began with a few rows takes the others of the same sample, but not other texts of the same ids."""
+    out = tmp_path / "out"
+    run(folder, out, "--arms", "knorm", "--max-rows", "1")
+    run(folder, out, "--arms", "knorm", "--max-rows", "2")
+    assert len(measured(out)["knorm"]) == 2
+    write_rows(folder / f"{TASK}.jsonl", [row(name, size, answers=["8"]) for name, size in SIZES.items()])
+    with pytest.raises(ValueError, match="contents_sha256 differ"):
+        run(folder, out, "--arms", "knorm")

@@ -12,7 +12,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 from asymkv.longbench.data import load_rows
 from asymkv.longbench.measure import Protocol
-from asymkv.longbench.sample import Sample, load_sample
+from asymkv.longbench.sample import first_rows
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 # What a command line must have, by script.
@@ -185,4 +185,4 @@ def test_the_library_takes_no_number_of_rows_that_would_mean_another() -> None:
         with pytest.raises(ValueError, match=f"max_samples must be an integer >= 1; found {wrong}"):
             load_rows("needle", max_samples=wrong)
     with pytest.raises(ValueError, match="max_rows must be an integer >= 0; found -1"):
-        load_sample(Sample({"needle": []}, None), None, max_rows=-1)
+        first_rows([], -1)
