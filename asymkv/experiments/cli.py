@@ -13,6 +13,7 @@ import torch
 from asymkv.experiments.arms import Sizes, ablation_arms, load_suite, method_arms
 from asymkv.experiments.report import write_report
 from asymkv.experiments.suite import Options, run_suite
+from asymkv.longbench.models import DTYPES
 
 METHODS = ["full", "ours", "zack", "dynamic_kv", "razor", "uncomp"]
 LENGTHS = [512, 1024, 2048, 4096, 8192]
@@ -30,7 +31,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     add("--sample_size", type=int, default=10, help="windows of each length, and articles and rows of each task")
     add("--seed", type=int, default=42, help="of torch; windows and greedy answers do not depend on it")
     add("--fp16", action="store_true", help="the same as --dtype float16")
-    add("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
+    add("--dtype", default="auto", choices=DTYPES, help="auto: the checkpoint's")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, help="torch threads")
     compression = parser.add_argument_group("compression")
@@ -110,7 +111,7 @@ def evaluate(args: argparse.Namespace, options: Options, *, methods: bool = True
     if args.run_ablations:
         plan += ablation_arms(load_suite(args.suite), sizes, args.checkpoint)
     results = run_suite(options, plan)
-    left_out = [f"skipped: {length} tokens are beyond the model's window" for length in results["skipped"]]
+    left_out = [f"skipped: {what}: {why}" for what, why in results["skipped"].items()]
     left_out += [f"not measured: {name}: {why}" for name, why in results["refused"].items()]
     wanted = {Path(name).stem if name.endswith(".yaml") else name for name in names}
     return Outcome(write_report(options.out, results), left_out, int(bool(wanted & set(results["refused"]))))
