@@ -24,7 +24,7 @@ from asymkv.experiments.suite import Options, run_suite
 from asymkv.experiments.tasks import rouge
 from asymkv.longbench.arms import StoredTooMuchError
 from asymkv.longbench.jsonl import NotFiniteError
-from asymkv.longbench.models import ModelSpec, load_model
+from asymkv.longbench.models import ModelSpec, load_model, parse_dtype
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SIZES = Sizes(budget=96, stride=64, own={"zack": {"ratio": 0.5}})
@@ -291,6 +291,17 @@ def test_one_command_calibrates_and_one_compares(script, tiny_folder, text_file,
     rows = {row["arm"]: row for row in saved["summary"] if row["group"] == "methods"}
     assert rows["zack"]["rows_per_head"] == rows["full"]["rows_per_head"]
     assert rows["zack"]["stored_bytes"] < rows["full"]["stored_bytes"]
+
+
+@pytest.mark.parametrize("name", ["calibrate_zack", "find_retrieval_heads", "run_experiments"])
+def test_a_dtype_that_is_none_lists_those_that_are(script, name, capsys) -> None:
+    given = ["--text-file", "x"] * (name != "run_experiments") + ["--model", "x"] * (name != "run_experiments")
+    with pytest.raises(SystemExit):
+        script(name).parse_args([*given, "--dtype", "foo"])
+    told = capsys.readouterr().err
+    assert "argument --dtype: invalid choice: 'foo'" in told and "bfloat16" in told
+    with pytest.raises(ValueError, match="dtype='foo'; allowed: .*'bfloat16'"):
+        parse_dtype("foo")
 
 
 def test_evaluation_alone_takes_the_public_flags(script, tiny_folder, text_file, tmp_path) -> None:
