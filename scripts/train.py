@@ -29,7 +29,7 @@ from accelerate import Accelerator
 import asymkv
 from asymkv.distill import checkpoints
 from asymkv.distill.student import POSITIONS, DistillSettings, Student
-from asymkv.distill.text import read_dataset, read_files, to_blocks
+from asymkv.distill.text import read_dataset, to_blocks
 from asymkv.distill.trainer import Trainer, TrainSettings
 from asymkv.experiments.corpus import digest
 from asymkv.files import write_atomic
@@ -37,6 +37,7 @@ from asymkv.fingerprint import fingerprint
 from asymkv.longbench.conditions import conditions
 from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
 from asymkv.methods import METHODS, get_method
+from asymkv.texts import FORMS, read_files
 
 # flags of the public code that are settings of a method
 SEED_OPTIONS = ("num_clusters", "pruning_interval", "lookback_window", "kmeans_learning_rate")
@@ -55,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--fp16", action="store_true", help="mixed precision with loss scaling (CUDA)")
     add("--cpu", action="store_true", help="stay on the CPU")
     # text
-    add("--dataset_name", default="wikitext-103-v1", help="data set of the hub, id or id:configuration")
+    add("--dataset_name", default="wikitext-103-v1", help=f"data set of the hub: {FORMS}")
     add("--train_file", nargs="+", help="local .txt, .md or .jsonl files instead")
     add("--validation_file", nargs="+", help="local files; else the last twentieth of --train_file's blocks")
     add("--dataset_cache_dir", help="where datasets keeps its files")

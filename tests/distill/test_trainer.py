@@ -11,8 +11,9 @@ from tiny_models import OPTIONS, prompt, tiny_model, tiny_tokenizer
 
 import asymkv
 from asymkv.distill import DistillSettings, Student, checkpoints
-from asymkv.distill.text import BlockOrder, read_files, to_blocks
+from asymkv.distill.text import BlockOrder, to_blocks
 from asymkv.distill.trainer import Trainer, TrainSettings
+from asymkv.texts import read_files
 
 CONFIG = asymkv.CompressionConfig("aagc", **OPTIONS["aagc"], budget=40, window_size=8)
 QUICK = {"train_batch_size": 2, "eval_batch_size": 2, "learning_rate": 3e-3, "warmup_steps": 0, "max_steps": 4,
