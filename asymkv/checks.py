@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,10 +24,11 @@ def check_integer(name: str, value: Any, minimum: int) -> None:
 
 
 def check_number(name: str, value: Any, minimum: float, maximum: float = float("inf")) -> None:
-    """``value`` must be a number from ``minimum`` to ``maximum``."""
-    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    """``value`` must be a finite number from ``minimum`` to ``maximum``."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not known or not minimum <= value <= maximum:
         limit = f">= {minimum:g}" if maximum == float("inf") else f"from {minimum:g} to {maximum:g}"
+        limit += " and finite" * (value == float("inf"))
         raise ValueError(f"{name} must be a number {limit}; found {value!r}")
 
 

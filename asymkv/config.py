@@ -115,7 +115,8 @@ class CompressionConfig:
         if self.chunk_size not in (None, WHOLE_PROMPT):
             check_integer("chunk_size", self.chunk_size, 1)
         if self.ratio is not None and not (isinstance(self.ratio, (int, float)) and 0 < self.ratio <= 1):
-            raise ValueError(f"ratio is the share of rows kept, in (0, 1]; found {self.ratio!r}")
+            what = "rows" if self.options.compresses or self.dimensions is None else "dimensions"
+            raise ValueError(f"ratio is the share of {what} kept, in (0, 1]; found {self.ratio!r}")
         if self.position_policy not in (None, *POSITION_POLICIES):
             raise ValueError(f"position_policy {self.position_policy!r}; allowed: {[None, *POSITION_POLICIES]}")
         if self.backend not in ("auto", *BACKENDS):

@@ -124,11 +124,11 @@ def parse(cache: CompressedCache, given: dict[str, Any]) -> Call:
 
 
 def _check_mode(lm: PreTrainedModel, cache: CompressedCache, given: dict[str, Any]) -> None:
-    if lm.training and torch.is_grad_enabled():
-        raise ValueError("a compressed cache is not differentiable: pass use_cache=False to train, or model.eval()")
     if lm.training and checkpoints_activations(lm):
         raise ValueError("gradient_checkpointing_enable() makes transformers drop the cache in training mode; call "
                          "gradient_checkpointing_disable() or model.eval() (asymkv.distill checkpoints by chunk)")
+    if lm.training and torch.is_grad_enabled():
+        raise ValueError("a compressed cache is not differentiable: pass use_cache=False to train, or model.eval()")
     if "loss" in cache.config.options.needs and torch.is_inference_mode_enabled():
         raise ValueError("curvature='loss' needs autograd, which torch.inference_mode forbids; use torch.no_grad")
     if "stages" in cache.config.options.needs:

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from asymkv.analysis.zack_basis import SUMS, calibrate
+from asymkv.analysis.zack_basis import calibrate
 from asymkv.arguments import DTYPES
 from asymkv.dimensions.basis import UNFINISHED, Basis, default_folder
 from asymkv.dimensions.ranks import choose_ranks
 from asymkv.head_scores import model_of
-from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
+from asymkv.longbench.models import load_model, load_tokenizer, parse_dtype, resolve_spec
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     spec = resolve_spec(args.model, max_length=sys.maxsize, chat_template=False)
-    dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype = parse_dtype(args.dtype)
     model, tokenizer = load_model(spec, dtype=dtype, device=args.device), load_tokenizer(spec)
     ids = tokenizer(args.text_file.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
     samples = list(ids.split(min(args.tokens, model.config.max_position_embeddings)))[: args.samples]
@@ -52,8 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"interrupted; the same command goes on from what is in {folder}", file=sys.stderr)
             return 130
     print(f"basis: {basis.save(folder)}")
-    for name in (UNFINISHED, SUMS):
-        (folder / name).unlink(missing_ok=True)
+    (folder / UNFINISHED).unlink(missing_ok=True)
     report(basis)
     return 0
 

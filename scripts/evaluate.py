@@ -7,7 +7,7 @@ A smoke run on one CPU core, on text that Python carries:
 
 All lengths, ablations and summaries:
 
-    python scripts/evaluate.py --model_name_or_path MODEL --dataset_name wikitext/wikitext-103-v1 --output_dir results \
+    python scripts/evaluate.py --model_name_or_path MODEL --dataset_name wikitext:wikitext-103-v1 --output_dir results \
         --methods full ours zack dynamic_kv razor uncomp --run_ablations --summarization --fp16
 
 ``zack``, ``razor`` and ``uncomp`` need what ``scripts/calibrate_zack.py`` and ``scripts/find_retrieval_heads.py``

@@ -31,7 +31,7 @@ from asymkv.arguments import DTYPES
 from asymkv.budgets.scored import Retrieval
 from asymkv.head_scores import HeadScores, write_pattern
 from asymkv.layer_stages import KIND as STAGES
-from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
+from asymkv.longbench.models import load_model, load_tokenizer, parse_dtype, resolve_spec
 
 TEXT_KINDS = ("entropy", "kvzip", STAGES)
 
@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threshold", type=float, default=THRESHOLD, help="change of entropy, in percent, below which a stage begins")
     add("--duo-pattern", type=Path, metavar="FOLDER", help="also write the induction scores as DuoAttention's pattern")
     add("--share", type=float, default=0.15, help="heads to name at the end")
-    add("--dtype", default="auto", choices=DTYPES)
+    add("--dtype", default="auto", choices=DTYPES, help="of the model")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if (args.kind in TEXT_KINDS) != (args.text_file is not None):
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     spec = resolve_spec(args.model, max_length=sys.maxsize, chat_template=False)
-    dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype = parse_dtype(args.dtype)
     model, tokenizer = load_model(spec, dtype=dtype, device=args.device), load_tokenizer(spec)
     if args.kind == STAGES:
         return save_stages(args, model, tokenizer)

@@ -24,7 +24,7 @@ from asymkv.analysis.asymmetry import MAX_LAG, SINK_SIZE, measure_asymmetry, tex
 from asymkv.analysis.asymmetry_report import write_report
 from asymkv.files import sha256
 from asymkv.longbench.conditions import commit, device_name
-from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
+from asymkv.longbench.models import load_model, load_tokenizer, parse_dtype, resolve_spec
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = load_tokenizer(spec)
     text = args.text_file.read_text(encoding="utf-8")
     windows = text_windows(tokenizer, text, tokens=args.tokens, windows=args.windows)
-    dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype = parse_dtype(args.dtype)
     model = load_model(spec, dtype=dtype, device=args.device)
     layers = len(windows) * model.config.get_text_config().num_hidden_layers
     with tqdm(total=layers, unit="layer", desc="layers x windows") as bar:

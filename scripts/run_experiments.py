@@ -26,7 +26,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_common(parser)
     add_evaluation(parser)
     parts = parser.add_argument_group("parts")
-    parts.add_argument("--dataset_config", help="configuration of --dataset_name")
     parts.add_argument("--run_evaluation", action="store_true", help="the methods over all lengths")
     parts.add_argument("--run_summarization", action="store_true", help="summaries of the methods, scored by ROUGE")
     args = parser.parse_args(argv)
@@ -40,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.run_evaluation:
         args.sequence_lengths, args.longbench = [], []
     summaries = args.summarization_dataset if args.run_summarization else None
-    options = options_of(args, text_config=args.dataset_config, summaries=summaries)
+    options = options_of(args, summaries=summaries)
     outcome = evaluate(args, options, methods=args.run_evaluation or args.run_summarization)
     print(f"results: {outcome.page}")
     print("\n".join(outcome.left_out), file=sys.stderr)

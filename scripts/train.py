@@ -6,7 +6,7 @@
         --num_clusters 128 --output_dir out                                                                   # GPUs
 
 The flags of AAGC's public code keep their names. A run that was stopped goes on with the same command and ``--resume``.
-Writes checkpoints, ``log.jsonl``, ``run.json`` (settings, texts, and where each start of the run was made) and
+Writes checkpoints, ``log.jsonl``, ``run.json`` (settings, model, texts, and where each start of the run was made) and
 ``final_model`` (weights or adapter, tokenizer, ``compression.yaml``) to the output folder; validation is perplexity on
 the real compressed cache, and beside it on the full one.
 """
@@ -27,14 +27,17 @@ import yaml
 from accelerate import Accelerator
 
 import asymkv
+from asymkv.distill import checkpoints
 from asymkv.distill.student import POSITIONS, DistillSettings, Student
-from asymkv.distill.text import read_dataset, read_files, to_blocks
+from asymkv.distill.text import read_dataset, to_blocks
 from asymkv.distill.trainer import Trainer, TrainSettings
 from asymkv.experiments.corpus import digest
 from asymkv.files import write_atomic
+from asymkv.fingerprint import fingerprint
 from asymkv.longbench.conditions import conditions
 from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
 from asymkv.methods import METHODS, get_method
+from asymkv.texts import FORMS, read_files
 
 # flags of the public code that are settings of a method
 SEED_OPTIONS = ("num_clusters", "pruning_interval", "lookback_window", "kmeans_learning_rate")
@@ -53,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--fp16", action="store_true", help="mixed precision with loss scaling (CUDA)")
     add("--cpu", action="store_true", help="stay on the CPU")
     # text
-    add("--dataset_name", default="wikitext-103-v1", help="data set of the hub, id or id:configuration")
+    add("--dataset_name", default="wikitext-103-v1", help=f"data set of the hub: {FORMS}")
     add("--train_file", nargs="+", help="local .txt, .md or .jsonl files instead")
     add("--validation_file", nargs="+", help="local files; else the last twentieth of --train_file's blocks")
     add("--dataset_cache_dir", help="where datasets keeps its files")
@@ -93,11 +96,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--evaluation_strategy", choices=("epoch", "steps"), default="epoch")
     add("--eval_steps", type=int, help="with --evaluation_strategy steps")
     args = parser.parse_args(argv)
+    check_args(parser, args)
+    return args
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program for flags that do not go together."""
     if args.bf16 and args.fp16:
         parser.error("give one of --bf16 and --fp16")
     if args.evaluate_during_training and args.evaluation_strategy == "steps" and not args.eval_steps:
         parser.error("--evaluation_strategy steps needs --eval_steps")
-    return args
+    if args.max_length < 2:
+        parser.error(f"--max_length must be at least 2, a token and the one that it is to say; found {args.max_length}")
+    unfit = [item for item in args.set if "=" not in item]
+    if unfit:
+        parser.error(f"--set takes KEY=VALUE, such as window_size=8; found {unfit}")
 
 
 def compression(args: argparse.Namespace) -> asymkv.CompressionConfig:
@@ -112,19 +125,20 @@ def compression(args: argparse.Namespace) -> asymkv.CompressionConfig:
     return asymkv.CompressionConfig(args.method, **given)
 
 
-def make_student(args: argparse.Namespace, config: asymkv.CompressionConfig) -> tuple[Student, Any]:
-    """The student with its teacher, and the tokenizer."""
+def make_student(args: argparse.Namespace, config: asymkv.CompressionConfig) -> tuple[Student, Any, dict[str, Any]]:
+    """The student with its teacher, the tokenizer, and what the model is known again by (before any adapter)."""
     # Blocks are cut here: the table only knows where the weights are.
     spec = resolve_spec(args.model_name_or_path, max_length=sys.maxsize, chat_template=False)
     model, tokenizer = load_model(spec, dtype=torch.float32, device="cpu"), load_tokenizer(spec)
     most = getattr(model.config, "max_position_embeddings", None)
     if most is not None and args.max_length > most:
         raise ValueError(f"--max_length {args.max_length} is more than the {most} positions of this model")
+    origin = fingerprint(model, any_dtype=True)
     settings = DistillSettings(args.temperature, args.distillation_weight, args.bptt_chunks,
                                args.gradient_checkpointing, args.distill_positions)  # fmt: skip
     if not args.lora:
         teacher = copy.deepcopy(model) if args.distillation_weight else None
-        return Student(model, config, settings, teacher), tokenizer
+        return Student(model, config, settings, teacher), tokenizer, origin
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -132,7 +146,7 @@ def make_student(args: argparse.Namespace, config: asymkv.CompressionConfig) -> 
     targets = args.lora_targets if args.lora_targets == "all-linear" else args.lora_targets.split(",")
     torch.manual_seed(args.seed)  # of the adapters' first weights
     lora = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
-    return Student(get_peft_model(model, lora), config, settings), tokenizer
+    return Student(get_peft_model(model, lora), config, settings), tokenizer, origin
 
 
 def read_blocks(args: argparse.Namespace, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,13 +174,12 @@ def train_settings(args: argparse.Namespace) -> TrainSettings:
     return TrainSettings(**{n: getattr(args, n) for n in names}, eval_steps=eval_steps)
 
 
-def record_run(args: argparse.Namespace, config: asymkv.CompressionConfig, texts: dict[str, Any], device: Any) -> None:
+def record_run(args: argparse.Namespace, found: dict[str, Any], device: Any) -> None:
     """Writes what a run is, and adds to what it was made on, in ``run.json``."""
     path = args.output_dir / "run.json"
     starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if args.resume is not None and path.exists() else []
     packages = ["accelerate", *(["peft"] if args.lora else [])]
-    table = {"arguments": vars(args), "cache": config.to_dict(), "texts": texts,
-             "starts": [*starts, conditions(device, packages)]}  # fmt: skip
+    table = {"arguments": vars(args), **found, "starts": [*starts, conditions(device, packages)]}
     write_atomic(path, json.dumps(table, indent=2, default=str) + "\n")
 
 
@@ -175,15 +188,17 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     config, settings = compression(args), train_settings(args)  # bad settings fail before the model is loaded
     accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no", cpu=args.cpu)
-    student, tokenizer = make_student(args, config)
+    if args.resume is None:
+        checkpoints.refuse_others(args.output_dir)
+    student, tokenizer, origin = make_student(args, config)
     train, validation = read_blocks(args, tokenizer)
     trainer = Trainer(student, train, validation, args.output_dir, settings, accelerator)
-    if accelerator.is_main_process:
-        texts = {name: {"blocks": len(x), "sha256": digest(x)} for name, x in (("train", train), ("val", validation))}
-        record_run(args, config, texts, accelerator.device)
     if args.resume is not None:
         step = trainer.resume(args.resume or None)
         accelerator.print(f"going on after update {step} of {trainer.total}")
+    if accelerator.is_main_process:
+        texts = {name: {"blocks": len(x), "sha256": digest(x)} for name, x in (("train", train), ("val", validation))}
+        record_run(args, {"model": origin, "cache": config.to_dict(), "texts": texts}, accelerator.device)
     found = trainer.fit()
     if accelerator.is_main_process:
         target = args.output_dir / "final_model"

@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from asymkv.analysis.watch import kv_heads, watch_inputs
 from asymkv.dimensions.basis import UNFINISHED, Basis
-from asymkv.files import replace_file, sha256, sha256_file
-from asymkv.head_scores import model_of, read_checked, write_checked
+from asymkv.files import replace_file, sha256
+from asymkv.head_scores import check_model, model_of
 from asymkv.models import get_adapter
 from asymkv.rope import Rope, apply_rope
 
-FORMAT = "asymkv-zack-sums-1"
-SUMS = "unfinished.safetensors"
+FORMAT = "asymkv-zack-sums-2"
+CONTENT = "content"  # entry of the file's header: whose sums they are, with their checksum
 SAVE_SECONDS = 60.0  # of work at most that a kill loses; an interruption loses none
 
 
@@ -61,11 +62,11 @@ def calibrate(
             if folder is not None and time.monotonic() - saved > SAVE_SECONDS:
                 sums.save(folder)
                 saved = time.monotonic()
+        return sums.basis(model, samples)
     except BaseException:  # an interruption too: what was summed up is worth keeping
         if folder is not None and sums.samples:
             sums.save(folder)
         raise
-    return sums.basis(model, samples)
 
 
 class Sums:
@@ -82,10 +83,22 @@ class Sums:
     def __init__(
         self, keys: Tensor, values: Tensor, model: dict[str, Any], settings: dict[str, Any], samples: int = 0
     ) -> None:
-        self.keys, self.values = keys, values
+        # One attribute: an interruption must not find keys of more samples than values, or than are counted.
+        self.total = (keys, values, samples)
         self.model = model
         self.settings = settings
-        self.samples = samples
+
+    @property
+    def keys(self) -> Tensor:
+        return self.total[0]
+
+    @property
+    def values(self) -> Tensor:
+        return self.total[1]
+
+    @property
+    def samples(self) -> int:
+        return self.total[2]
 
     @classmethod
     def resume(cls, model: PreTrainedModel, samples: Sequence[Tensor], folder: str | Path | None) -> Sums:
@@ -99,22 +112,19 @@ class Sums:
             empty = torch.zeros(shape, dtype=torch.double)
             return cls(empty, empty.clone(), model_of(model), settings)
         path = Path(folder) / UNFINISHED
-        content = read_checked(path, FORMAT, model, "an unfinished calibration")
+        content, tensors = _read(path, model)
         if content["settings"] != settings:
             raise ValueError(f"{path} is of other samples or another dtype, {content['samples']} of them done; finish "
                              "that calibration, remove the file, or choose another folder")
-        if sha256_file(Path(folder) / SUMS) != content["sums_sha256"]:
-            raise ValueError(f"{Path(folder) / SUMS} is damaged; remove {path} to begin anew")
-        sums = load_file(Path(folder) / SUMS)
-        return cls(**sums, model=content["model"], settings=settings, samples=content["samples"])
+        return cls(**tensors, model=content["model"], settings=settings, samples=content["samples"])
 
     def save(self, folder: str | Path) -> None:
-        """Writes the sums; finished ones are removed by the caller."""
-        tensors = {"keys": self.keys, "values": self.values}
-        digest = replace_file(Path(folder) / SUMS, lambda path: save_file(tensors, path))
-        content = {"format": FORMAT, "model": self.model, "settings": self.settings, "samples": self.samples,
-                   "sums_sha256": digest}  # fmt: skip
-        write_checked(Path(folder) / UNFINISHED, content)
+        """Writes the sums, one file of them and what they are; finished ones are removed by the caller."""
+        keys, values, samples = self.total
+        tensors = {"keys": keys, "values": values}
+        content = {"format": FORMAT, "model": self.model, "settings": self.settings, "samples": samples}
+        header = {CONTENT: json.dumps({**content, "sha256": _digest(content, tensors)})}
+        replace_file(Path(folder) / UNFINISHED, lambda path: save_file(tensors, path, metadata=header))
 
     def add(self, model: PreTrainedModel, ids: Tensor) -> None:
         """Reads one sample; all of it counts, or nothing."""
@@ -131,14 +141,41 @@ class Sums:
         watch_inputs(model, ids, look)
         if not bool(keys.isfinite().all() and values.isfinite().all()):
             raise ValueError(f"queries, keys or values of sample {self.samples} are not finite; nothing of it counts")
-        self.keys += keys
-        self.values += values
-        self.samples += 1
+        self.total = (self.keys + keys, self.values + values, self.samples + 1)
 
     def basis(self, model: PreTrainedModel, samples: Sequence[Tensor]) -> Basis:
         """The bases, the output projections added."""
         measured = {"samples": len(samples), "tokens": sum(len(s) for s in samples), **self.settings}
         return Basis.of_grams(self.keys, self.values + output_grams(model), self.model, measured)
+
+
+def _read(path: Path, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file of sums is, and the sums.
+
+    Raises:
+        ValueError: for one that is damaged, of another format, or of another model.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            content = json.loads((file.metadata() or {}).get(CONTENT, "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}; remove it to begin anew") from None
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{path} is no unfinished calibration of format {FORMAT!r}; found {content.get('format')!r}: "
+                         "remove it to begin anew")
+    if content.pop("sha256", None) != _digest(content, tensors):
+        raise ValueError(f"{path} is damaged: it does not hold what was written; remove it to begin anew")
+    other = check_model(content["model"], model_of(model))
+    if other:
+        raise ValueError(f"{path} holds an unfinished calibration of {content['model'].get('name')!r}; "
+                         f"(saved, given): {other}")
+    return content, tensors
+
+
+def _digest(content: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    told = json.dumps(content, sort_keys=True).encode()
+    return sha256(told + b"".join(tensors[name].contiguous().numpy().tobytes() for name in sorted(tensors)))
 
 
 def gram(rows: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from asymkv.paths import cache_dir
 
 FORMAT = "asymkv-zack-basis-1"
 TENSORS, MANIFEST = "basis.safetensors", "basis.json"
-UNFINISHED = "unfinished.json"  # sums of a calibration that has not come to its end
+UNFINISHED = "unfinished.safetensors"  # sums of a calibration that has not come to its end
 
 
 @dataclass(frozen=True)

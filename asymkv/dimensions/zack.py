@@ -83,6 +83,7 @@ class Zack:
         if self.keys and "raw_queries" in config.options.needs:
             raise ValueError(f"method {config.method!r} works on queries and keys before RoPE, which projected keys do "
                              "not have; use another method with dimensions='zack', or set keys: false")
+        config.options.check_dimensions(keys=self.keys, values=self.values)
         if self.ratio is not None:
             return self
         whole = config.ratio is not None and not config.options.compresses

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 PREFIX = "checkpoint-"
+ASIDE = "aside-checkpoint-"  # of updates that a run made again, from an older checkpoint
 FILE = "state.pt"
 FORMAT = "asymkv-distill-1"
 
@@ -49,6 +50,26 @@ def found(folder: Path) -> list[Path]:
     """Complete checkpoints of a folder, the oldest first."""
     steps = {p: p.name.removeprefix(PREFIX) for p in folder.glob(f"{PREFIX}*") if (p / FILE).is_file()}
     return sorted((p for p, step in steps.items() if step.isdigit()), key=lambda p: int(steps[p]))
+
+
+def refuse_others(folder: Path) -> None:
+    """Raises ValueError where a folder holds checkpoints: those of two runs cannot be told apart there."""
+    known = found(folder)
+    if known:
+        raise ValueError(f"{folder} holds checkpoints of another run, up to {known[-1].name}; give --resume to go on "
+                         "from them, or another --output_dir")
+
+
+def set_aside(folder: Path, step: int) -> list[Path]:
+    """Renames a folder's checkpoints behind ``step``, so that none of them passes for one of the run from there."""
+    out = []
+    for path in found(folder):
+        number = path.name.removeprefix(PREFIX)
+        if int(number) > step:
+            target = folder / f"{ASIDE}{number}"
+            shutil.rmtree(target, ignore_errors=True)
+            out.append(path.rename(target))
+    return out
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -3,62 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Short names of the public code.
-DATASETS = {
-    "wikitext-103-v1": ("Salesforce/wikitext", "wikitext-103-v1"),
-    "wikitext-2-v1": ("Salesforce/wikitext", "wikitext-2-v1"),
-}
-SUFFIXES = (".txt", ".md", ".jsonl")
-
-
-def read_files(paths: Sequence[str | Path]) -> Iterator[str]:
-    """Documents of local files: a text file is one, a ``.jsonl`` file has one per line under "text".
-
-    Raises:
-        ValueError: for a file that is missing, of another kind, or a line without text.
-    """
-    for path in map(Path, paths):
-        if path.suffix not in SUFFIXES:
-            raise ValueError(f"text files must end in one of {list(SUFFIXES)}; found {path.name!r}")
-        if not path.is_file():
-            raise ValueError(f"no text file at {path}")
-        content = path.read_text(encoding="utf-8")
-        if path.suffix != ".jsonl":
-            yield content
-            continue
-        for number, line in enumerate(content.splitlines(), 1):
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise ValueError(f"{path}, line {number}: expected an object with \"text\"; found {line[:60]!r}")
-            yield row["text"]
+from asymkv.texts import load_split, text_column
 
 
 def read_dataset(name: str, split: str, cache_dir: str | None = None) -> Iterator[str]:
-    """The column "text" of a split of a data set: one of ``DATASETS``, a hub id, or ``id:configuration``.
+    """The column "text" of a split of a data set; its name as in :func:`asymkv.texts.split_name`.
 
     Raises:
         ImportError: if ``datasets`` is not installed.
-        ValueError: for a data set without texts.
+        ValueError: for a data set that cannot be had, or without texts.
     """
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ImportError("data sets by name need the package: pip install datasets (or give --train_file)") from None
-    path, _, configuration = name.partition(":")
-    path, known = DATASETS.get(name, (path, configuration or None))
-    rows = load_dataset(path, known, split=split, cache_dir=cache_dir)
-    if "text" not in rows.column_names:
-        raise ValueError(f"data set {name!r} has no column 'text'; found {rows.column_names}")
-    return iter(rows["text"])
+    return iter(text_column(load_split(name, split, cache_dir=cache_dir), name))
 
 
 def to_blocks(texts: Iterable[str], tokenizer: Any, length: int, most: int | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from asymkv.distill import checkpoints
 from asymkv.distill.losses import IGNORED, cross_entropy_sum, next_tokens
 from asymkv.distill.student import Student
 from asymkv.distill.text import BlockOrder, digest
+from asymkv.files import write_atomic
 from asymkv.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -64,10 +65,12 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name in ("num_train_epochs", "train_batch_size", "eval_batch_size", "gradient_accumulation_steps",
-                     "logging_steps", "keep_checkpoints"):  # fmt: skip
-            check_integer(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "seed", "save_steps"):
-            check_integer(name, getattr(self, name), 0)
+                     "logging_steps", "keep_checkpoints", "max_steps"):  # fmt: skip
+            if name != "max_steps" or self.max_steps is not None:
+                check_integer(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "seed", "save_steps", "eval_steps"):
+            if name != "eval_steps" or self.eval_steps is not None:
+                check_integer(name, getattr(self, name), 0)
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             check_number(name, getattr(self, name), 0)
 
@@ -115,6 +118,7 @@ class Trainer:
         self.schedule = get_linear_schedule_with_warmup(optimizer, s.warmup_steps, self.total)
         self.wrapped, self.optimizer = self.accelerator.prepare(student, optimizer)
         self.step = 0
+        self.origin_checkpoint: Path | None = None  # what this run goes on from
 
     # -- training ----------------------------------------------------------------------------------------------------
     def fit(self, progress: Callable[..., Any] = tqdm) -> dict[str, float]:
@@ -124,13 +128,16 @@ class Trainer:
             The last validation, or nothing.
 
         Raises:
-            FloatingPointError: for a loss or a gradient that is not finite; the last checkpoint stays.
+            ValueError: for a run from the beginning in a folder that holds another one's checkpoints.
+            FloatingPointError: for a loss, a gradient, a weight or a perplexity that is not finite; the checkpoints
+                that there are, each of weights whose loss was finite, stay.
         """
+        self._begin()
         bar = progress(total=self.total, initial=self.step, disable=not self.accelerator.is_main_process, desc="train")
         found: dict[str, float] = {}
         s = self.settings
         if self.step == 0 and self.validation is not None and s.eval_steps != 0:
-            self.log({"step": 0, **self.evaluate()})  # what training is to be compared with
+            self.log({"step": 0, **self._validate()})  # what training is to be compared with
         while self.step < self.total:
             seen = self._update()
             self.step += 1
@@ -139,12 +146,21 @@ class Trainer:
                 bar.set_postfix({k: f"{v:.4f}" for k, v in seen.items()})
                 self.log({"step": self.step, "learning_rate": self.schedule.get_last_lr()[0], **seen})
             if self.validation is not None and self._is_due(s.eval_steps, self.updates_per_epoch):
-                found = self.evaluate()
+                found = self._validate()
                 self.log({"step": self.step, **found})
             if self._is_due(s.save_steps, 0):
                 self.save()
         bar.close()
         return found
+
+    def _begin(self) -> None:
+        """Makes the folder this run's own, and its log one that ends where the run stands."""
+        if self.step == 0 and self.origin_checkpoint is None:
+            checkpoints.refuse_others(self.output)
+        self.accelerator.wait_for_everyone()  # before the first process writes what the others look for
+        path = self.output / "log.jsonl"
+        if self.accelerator.is_main_process and path.exists():
+            write_atomic(path, "".join(line + "\n" for line in _until(path.read_text(encoding="utf-8"), self.step)))
 
     def _is_due(self, every: int | None, otherwise: int) -> bool:
         """Whether something that happens every so many updates does now; at the end it does, unless never."""
@@ -183,15 +199,40 @@ class Trainer:
     def _check_finite(self, value: float, what: str) -> None:
         if math.isfinite(value):
             return
-        last = checkpoints.found(self.output)
-        good = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
-        raise FloatingPointError(f"{what} is {value} at update {self.step + 1} of {self.total}; stopped, {good}")
+        mine = checkpoints.found(self.output)
+        last = mine[-1] if mine else self.origin_checkpoint
+        good = (f"the last good checkpoint is {last}" if last is not None else
+                f"there is no checkpoint yet (save_steps={self.settings.save_steps}): begin anew, with a smaller "
+                f"learning_rate than {self.settings.learning_rate:g} or a smaller save_steps")  # fmt: skip
+        raise FloatingPointError(f"{what} is {value} at update {min(self.step + 1, self.total)} of {self.total}; "
+                                 f"stopped, {good}")
+
+    @torch.no_grad()
+    def _check_weights(self) -> None:
+        """Raises FloatingPointError unless the weights are finite, and so is their loss on the next update's blocks.
+
+        What an update wrote is otherwise first looked at by the update behind it, when a checkpoint has been made.
+        """
+        number = self.settings.gradient_accumulation_steps
+        for part in range(number):
+            at = self.order.batch_of(self.step * number + part, self.accelerator.process_index)
+            loss = self.student(self.train_blocks[at].to(self.accelerator.device))["loss"]
+            self._check_finite(float(self.accelerator.gather(loss).mean()), f"loss of blocks {at}")
+        for name, p in self.student.trainable().items():
+            self._check_finite(float(p.abs().amax()), f"largest weight of {name}")
 
     # -- validation --------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Perplexity of the validation text, on the real compressed cache and on the full one."""
         return {"perplexity": self._perplexity(True), "perplexity_full": self._perplexity(False)}
+
+    def _validate(self) -> dict[str, float]:
+        """The validation of a run: diverged weights end it."""
+        found = self.evaluate()
+        for name, value in found.items():
+            self._check_finite(value, f"validation {name}")
+        return found
 
     def _perplexity(self, compressed: bool) -> float:
         blocks = self.validation
@@ -223,7 +264,12 @@ class Trainer:
         }
 
     def save(self) -> Path | None:
-        """Writes a checkpoint; only the first process does, with everybody's random states."""
+        """Writes a checkpoint; only the first process does, with everybody's random states.
+
+        Raises:
+            FloatingPointError: for weights that have diverged; nothing is written.
+        """
+        self._check_weights()
         states = gather_object([checkpoints.rng_state()])
         path = None
         if self.accelerator.is_main_process:
@@ -242,17 +288,27 @@ class Trainer:
     def resume(self, path: str | Path | None = None) -> int:
         """Goes on from a checkpoint as if nothing had happened; None = the newest of the output folder, if any.
 
+        Newer checkpoints of the output folder are set aside: what is made from here on is not what they were.
+
         Returns:
             The updates that are done.
 
         Raises:
-            ValueError: for a damaged checkpoint, or one of another run.
+            ValueError: for a damaged checkpoint, one of another run, or one from elsewhere where the output folder
+                holds some.
         """
         known = checkpoints.found(self.output)
         if path is None and not known:
             return 0
-        state = checkpoints.read(Path(path) if path is not None else known[-1])
+        source = Path(path) if path is not None else known[-1]
+        state = checkpoints.read(source)
         checkpoints.check_same(state["identity"], self.identity())
+        if source.resolve().parent != self.output.resolve():
+            checkpoints.refuse_others(self.output)
+        self.accelerator.wait_for_everyone()  # everybody has read and looked
+        if self.accelerator.is_main_process:
+            checkpoints.set_aside(self.output, state["step"])
+        self.accelerator.wait_for_everyone()
         with torch.no_grad():
             for name, p in self.student.trainable().items():
                 p.copy_(state["weights"][name])
@@ -261,7 +317,7 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         checkpoints.set_rng_state(state["rng"][self.accelerator.process_index])
-        self.step = state["step"]
+        self.step, self.origin_checkpoint = state["step"], source
         return self.step
 
     def log(self, entry: dict[str, Any]) -> None:
@@ -270,6 +326,17 @@ class Trainer:
             self.output.mkdir(parents=True, exist_ok=True)
             with (self.output / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
+
+
+def _until(log: str, step: int) -> Iterator[str]:
+    """Lines of a log that a run which stands at ``step`` will not write again; the rest of a torn line is none."""
+    for line in log.splitlines():
+        try:
+            known = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if 0 <= known <= step and step:
+            yield line
 
 
 # Settings that change nothing of what is computed.

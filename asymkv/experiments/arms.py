@@ -45,6 +45,7 @@ class SuiteArm:
         config: of the cache.
         stride: own tokens of a forward.
         checkpoint: weights to measure with, None = the model as it is.
+        weights: sha256 of the checkpoint, once it has been looked at.
     """
 
     name: str
@@ -52,12 +53,13 @@ class SuiteArm:
     config: CompressionConfig
     stride: int
     checkpoint: str | None = None
+    weights: str | None = None
 
     @property
     def identity(self) -> str:
         """Equal for arms that are measured alike, whatever their names."""
         config = self.config.to_dict() | {"positions": self.config.positions}
-        return json.dumps([config, self.stride, self.checkpoint], sort_keys=True, default=str)
+        return json.dumps([config, self.stride, self.weights or self.checkpoint], sort_keys=True, default=str)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from asymkv.arguments import DTYPES
 from asymkv.experiments.arms import Sizes, ablation_arms, load_suite, method_arms
 from asymkv.experiments.report import write_report
 from asymkv.experiments.suite import Options, run_suite
+from asymkv.texts import FORMS
 
 METHODS = ["full", "ours", "zack", "dynamic_kv", "razor", "uncomp"]
 LENGTHS = [512, 1024, 2048, 4096, 8192]
@@ -24,7 +25,8 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model_name_or_path", default="gpt2", help="short name of configs/models.yaml, hub id or folder")
     add("--dataset_name", default="wikitext-103-v1",
-        help="text file, folder of .txt, 'embedded' (text that Python carries), or a dataset, config after a slash")
+        help=f"text or .jsonl file, folder of such, 'embedded' (text that Python carries), or a data set: {FORMS}")
+    add("--dataset_config", help="configuration of --dataset_name, where that names none")
     add("--dataset_cache_dir", help="where the datasets library keeps its files")
     add("--output_dir", type=Path, default=Path("results"), help="folder of records, results.md and visualizations/")
     add("--max_length", type=int, default=2048, help="tokens of the windows that ablations read")
@@ -85,6 +87,7 @@ def options_of(args: argparse.Namespace, **extra: Any) -> Options:
     """What is measured, as the flags say."""
     return Options(
         model=args.model_name_or_path, out=args.output_dir, text=args.dataset_name,
+        text_config=args.dataset_config,
         lengths=tuple(args.sequence_lengths), ablation_length=args.max_length, samples=args.sample_size,
         batch=args.batch_size, decode_steps=args.decode_steps, longbench=tuple(args.longbench), data_dir=args.data_dir,
         longbench_config=args.longbench_config, changed_prompts=args.changed_prompts,
@@ -113,7 +116,7 @@ def evaluate(args: argparse.Namespace, options: Options, *, methods: bool = True
     if args.run_ablations:
         plan += ablation_arms(load_suite(args.suite), sizes, args.checkpoint)
     results = run_suite(options, plan)
-    left_out = [f"skipped: {length} tokens are beyond the model's window" for length in results["skipped"]]
+    left_out = [f"skipped: {what}: {why}" for what, why in results["skipped"].items()]
     left_out += [f"not measured: {name}: {why}" for name, why in results["refused"].items()]
     wanted = {Path(name).stem if name.endswith(".yaml") else name for name in names}
     return Outcome(write_report(options.out, results), left_out, int(bool(wanted & set(results["refused"]))))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from asymkv.longbench.files import sha256
+from asymkv.texts import load_split, read_files, text_column
 
 EMBEDDED = "embedded"
 # Names of an article and its summary in common datasets, and in LongBench's rows.
@@ -30,48 +31,31 @@ def read_text(name: str, *, config: str | None = None, cache_dir: str | None = N
     """One long text.
 
     Args:
-        name: a text file, a folder of ``.txt`` files, "embedded" (the language reference that Python carries), or a
-            dataset: ``wikitext/wikitext-103-v1`` or ``wikitext`` with ``config``; its test split is read.
-        config: of the dataset.
+        name: a text file, a ``.jsonl`` file with a document per line under "text", a folder of either, "embedded" (the
+            language reference that Python carries), or a data set as in :func:`asymkv.texts.split_name`, whose test
+            split is read.
+        config: of the data set.
         cache_dir: of the ``datasets`` library.
 
     Raises:
-        ValueError: for a name that is none of these, or a dataset that cannot be had.
+        ImportError: for a data set, if ``datasets`` is not installed.
+        ValueError: for a name that is none of these, or a data set that cannot be had.
     """
     path = Path(name)
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        # Whatever it is called, a file is text; only documents in lines have to be taken apart.
+        return "\n\n".join(read_files([path])) if path.suffix == ".jsonl" else path.read_text(encoding="utf-8")
     if path.is_dir():
-        texts = [file.read_text(encoding="utf-8") for file in sorted(path.glob("*.txt"))]
-        if not texts:
-            raise ValueError(f"no .txt files in {name}")
-        return "\n\n".join(texts)
+        files = sorted(file for file in path.iterdir() if file.suffix in (".txt", ".jsonl"))
+        if not files:
+            raise ValueError(f"no .txt or .jsonl files in {name}")
+        return "\n\n".join(read_files(files))
     if name == EMBEDDED:
         from pydoc_data.topics import topics
 
         return "\n\n".join(topics[name] for name in sorted(topics))
-    rows = _dataset(name, config, cache_dir)
-    if "text" not in rows.column_names:
-        raise ValueError(f"dataset {name!r} has no column 'text'; found {rows.column_names}")
-    return "".join(rows["text"])
-
-
-def _dataset(name: str, config: str | None, cache_dir: str | None, split: str = "test") -> Any:
-    """The test split of a dataset of the hub."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ValueError(f"{name!r} is no file, no folder and not {EMBEDDED!r}; as a dataset it needs the datasets "
-                         "package: pip install 'asymkv[eval]'") from None
-    if config is None and "/" in name:
-        name, config = name.rsplit("/", 1)
-    elif config is None and name.startswith("wikitext-"):
-        name, config = "wikitext", name
-    try:
-        return load_dataset(name, config, split=split, cache_dir=cache_dir)
-    except Exception as error:  # whatever hub, network or files raise
-        raise ValueError(f"{name!r} ({config}) is no file or folder, and cannot be had as a dataset: "
-                         f"{type(error).__name__}: {error}") from error
+    rows = load_split(name, "test", configuration=config, cache_dir=cache_dir)
+    return "".join(text_column(rows, name))
 
 
 def windows(ids: Tensor, length: int, count: int) -> list[Tensor]:
@@ -88,7 +72,7 @@ def windows(ids: Tensor, length: int, count: int) -> list[Tensor]:
 
 
 def read_articles(name: str, count: int, *, cache_dir: str | None = None) -> list[Article]:
-    """The first articles of a jsonl file or a dataset (``cnn_dailymail`` is its version 3.0.0).
+    """The first articles of a jsonl file or a data set (``cnn_dailymail`` is its version 3.0.0).
 
     Raises:
         ValueError: for rows without an article and a summary.
@@ -97,8 +81,7 @@ def read_articles(name: str, count: int, *, cache_dir: str | None = None) -> lis
         lines = Path(name).read_text(encoding="utf-8").splitlines()[:count]
         rows: Sequence[dict[str, Any]] = [json.loads(line) for line in lines if line.strip()]
     else:
-        config = "3.0.0" if name == "cnn_dailymail" else None
-        rows = list(_dataset(name, config, cache_dir, f"test[:{count}]"))
+        rows = list(load_split(name, f"test[:{count}]", cache_dir=cache_dir))
     return [_article(row, name) for row in rows]
 
 

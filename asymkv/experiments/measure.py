@@ -14,6 +14,7 @@ from asymkv.cache import CompressedCache
 from asymkv.experiments.arms import SuiteArm
 from asymkv.longbench.arms import StoredTooMuchError, allowed_rows, full_cache_bytes
 from asymkv.longbench.jsonl import NotFiniteError
+from asymkv.models import get_adapter
 
 WARMUP_STEPS = 2
 Record = dict[str, Any]
@@ -64,8 +65,16 @@ def decode_rate(model: PreTrainedModel, cache: Any, tokens: Tensor, steps: int) 
     return len(tokens) * steps / (time.perf_counter() - started)
 
 
+def steps_left(model: PreTrainedModel, tokens: int, wanted: int) -> int:
+    """How many of the ``wanted`` steps can be timed behind so many tokens: learned positions have an end."""
+    most = get_adapter(model.config.model_type).most_positions(model.config)
+    return wanted if most is None else max(min(wanted, most - tokens - WARMUP_STEPS), 0)
+
+
 def measure_text(model: PreTrainedModel, arm: SuiteArm, ids: Tensor, decode_steps: int) -> list[Record]:
     """An arm on a batch of windows ``[B, n]``: one record per row of the batch; bytes are shared evenly.
+
+    Decoding is timed as far as the model has positions; where it has none left, its rate is None.
 
     Raises:
         NotFiniteError: for a loss that is NaN or infinite.
@@ -82,7 +91,8 @@ def measure_text(model: PreTrainedModel, arm: SuiteArm, ids: Tensor, decode_step
             raise NotFiniteError(f"the loss of token {at} is not finite")
         found = held(cache, model, ids.shape)
         check_rows(arm, found["rows_per_head"], ids.shape[1])
-        rate = decode_rate(model, cache, ids[:, -1:].to(model.device), decode_steps) if decode_steps else None
+        steps = steps_left(model, ids.shape[1], decode_steps)
+        rate = decode_rate(model, cache, ids[:, -1:].to(model.device), steps) if steps else None
     found |= {"seconds": seconds, "tokens_per_second": losses.numel() / seconds, "decode_tokens_per_second": rate}
     if accelerator is not None:
         found["device_peak_bytes"] = accelerator.max_memory_allocated()

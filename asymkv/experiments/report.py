@@ -33,10 +33,20 @@ dimensions, which belong to the model, are apart. Arms compare at equal bytes, n
 def write_report(out: Path, results: Mapping[str, Any]) -> Path:
     """Writes json, page and plots into a folder; the page's path."""
     summary = summarise(results)
-    write_atomic(out / JSON, json.dumps({"summary": summary, **results}, indent=1, default=str) + "\n")
+    content = finite({"summary": summary, **results})
+    write_atomic(out / JSON, json.dumps(content, indent=1, default=str, allow_nan=False) + "\n")
     drawn = plots(summary, out / PLOTS)
     write_atomic(out / PAGE, page(results, summary, drawn))
     return out / PAGE
+
+
+def finite(content: Any) -> Any:
+    """The same with None where a number is NaN or infinite: JSON has neither."""
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def summarise(results: Mapping[str, Any]) -> list[Record]:
@@ -182,8 +192,7 @@ def _score_table(scores: Mapping[str, Mapping[str, list[float]]]) -> str:
 
 
 def _missing(results: Mapping[str, Any]) -> str:
-    lines = [f"- {n:,} tokens: beyond the model's window" for n in results["skipped"]]
-    return "\n".join(lines + [f"- {name}: {why}" for name, why in results["refused"].items()])
+    return "\n".join(f"- {name}: {why}" for name, why in {**results["skipped"], **results["refused"]}.items())
 
 
 def _conditions(results: Mapping[str, Any]) -> str:
@@ -199,14 +208,17 @@ def _told(arm: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plots(summary: Sequence[Record], folder: Path) -> list[str]:
-    """Perplexity, tokens per second and bytes against length, and perplexity against bytes; names of the files."""
+    """Perplexity, tokens per second and bytes against length, and perplexity against bytes; names of the files.
+
+    Ablations, which have one length, are in the last of these only.
+    """
     from matplotlib.figure import Figure
 
-    methods = [row for row in summary if row["group"] == METHOD_GROUP]
-    if not methods:
+    if not summary:
         return []
+    methods = [row for row in summary if row["group"] == METHOD_GROUP]
     folder.mkdir(parents=True, exist_ok=True)
-    longest = max(row["length"] for row in methods)
+    longest = max(row["length"] for row in methods or summary)
     figures = {
         "perplexity_length.png": ("length", "tokens", "perplexity", "perplexity", methods),
         "bytes_perplexity.png": ("mib", "stored MiB", "perplexity", f"perplexity at {longest:,} tokens",
@@ -214,6 +226,7 @@ def plots(summary: Sequence[Record], folder: Path) -> list[str]:
         "tokens_per_second.png": ("length", "tokens", "tokens_per_second", "tokens read per second", methods),
         "memory.png": ("length", "tokens", "mib", "stored MiB", methods),
     }  # fmt: skip
+    figures = {name: figure for name, figure in figures.items() if figure[-1]}
     for name, (x, x_label, y, y_label, rows) in figures.items():
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot(xlabel=x_label, ylabel=y_label, xscale="log")

@@ -16,9 +16,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from asymkv.experiments.arms import METHOD_GROUP, Plan, SuiteArm
+from asymkv.experiments.checkpoint import Checkpoint, load_weights
 from asymkv.experiments.corpus import digest, read_articles, read_text, windows
 from asymkv.experiments.measure import Record, measure_text
-from asymkv.experiments.tasks import answer_row, summarise
+from asymkv.experiments.tasks import answer_row, article_room, summarise
+from asymkv.files import sha256_file
+from asymkv.fingerprint import fingerprint
 from asymkv.longbench import models, runner
 from asymkv.longbench.arms import ArmError
 from asymkv.longbench.data import load_rows, load_tasks
@@ -26,7 +29,6 @@ from asymkv.longbench.measure import Protocol, Subject
 from asymkv.longbench.records import RecordFolder
 
 TEXT, SUMMARY, LONGBENCH = "text", "summary", "longbench"
-FINAL = "final_model"  # where scripts/train.py leaves its weights, in its output folder
 KEY_FIELDS = ("kind", "arm", "length", "item")
 logger = logging.getLogger(__name__)
 
@@ -86,15 +88,16 @@ def run_suite(options: Options, plan: Plan) -> dict[str, Any]:
     """Measures what the folder lacks.
 
     Returns:
-        ``records``, ``refused`` (arm: why), ``skipped`` (lengths beyond the model's window), ``conditions`` and
-        ``arms`` (name: group and settings).
+        ``records``, ``refused`` (arm: why), ``skipped`` (what cannot be measured with any arm: why), ``conditions``
+        and ``arms`` (name: group and settings).
 
     Raises:
-        ValueError: for a folder of other settings, or texts that cannot be had.
+        ValueError: for a folder of other settings, texts that cannot be had, a checkpoint of another model, or nothing
+            that can be measured.
     """
     suite = Suite(options, plan)
-    for checkpoint in dict.fromkeys(arm.checkpoint for arm in plan.arms):
-        suite.run(checkpoint, [arm for arm in plan.arms if arm.checkpoint == checkpoint])
+    for checkpoint in dict.fromkeys(arm.checkpoint for arm in suite.plan.arms):
+        suite.run(checkpoint, [arm for arm in suite.plan.arms if arm.checkpoint == checkpoint])
     return suite.results()
 
 
@@ -107,10 +110,17 @@ class Suite:
     """
 
     def __init__(self, options: Options, plan: Plan) -> None:
-        self.options, self.plan = options, plan
+        self.options = options
         self.refused = dict(plan.refused)
-        self.skipped: list[int] = []
+        self.skipped: dict[str, str] = {}
         self.spec = models.resolve_spec(options.model, max_length=sys.maxsize, chat_template=False)
+        self.base: Record | None = None  # what the model without a checkpoint is known by
+        self.checkpoints = {path: Checkpoint.find(path) for path in {a.checkpoint for a in plan.arms} if path}
+        for found in self.checkpoints.values():
+            found.check_shape(self.spec)  # before anything is measured
+        # A path says nothing of what lies there: the arm is known by its weights.
+        self.plan = Plan([dataclasses.replace(a, weights=self.checkpoints[a.checkpoint].sha256) if a.checkpoint else a
+                          for a in plan.arms], plan.refused)  # fmt: skip
         self.tokenizer = models.load_tokenizer(self.spec)
         text = read_text(options.text, config=options.text_config, cache_dir=options.cache_dir)
         self.ids = self.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
@@ -119,14 +129,18 @@ class Suite:
 
     def run(self, checkpoint: str | None, arms: Sequence[SuiteArm]) -> None:
         """Measures some arms with one set of weights."""
+        self._check_base(checkpoint)
         model = load_weights(self.spec, checkpoint, self.options.dtype, self.options.device)
+        if checkpoint is None:
+            self.base = fingerprint(model, any_dtype=True)
         window = int(getattr(model.config, "max_position_embeddings", sys.maxsize))
         spec = dataclasses.replace(self.spec, max_length=window)
         subject = Subject(model, self.tokenizer, spec, models.stop_ids(spec, model, self.tokenizer))
         self.conditions = runner.conditions(subject, runner.Ranks(0, 1, torch.device(self.options.device)))
         self.folder.claim(self._settings(model, arms), self.conditions)
-        self.skipped = [n for n in self.options.lengths if n > window]
         jobs = list(self._jobs(subject, window))
+        if self.skipped and not any(self._arms(job, arms) for job in jobs):
+            raise ValueError(f"nothing can be measured: {'; '.join(f'{k}: {v}' for k, v in self.skipped.items())}")
         records = {self.folder.key(record): record for record in self.folder.read()}
         with tqdm(total=sum(len(self._arms(job, arms)) for job in jobs), unit="arm") as bar:
             for job in jobs:
@@ -134,6 +148,14 @@ class Suite:
                     bar.set_postfix_str(f"{job.kind} {job.length} {arm.name}", refresh=False)
                     self._measure(job, arm, records)
                     bar.update()
+
+    def _check_base(self, checkpoint: str | None) -> None:
+        """Raises ValueError for weights that were trained from another model, where it is known from which."""
+        if checkpoint is None or self.checkpoints[checkpoint].base is None:
+            return
+        if self.base is None:
+            self.base = fingerprint(load_weights(self.spec, None, self.options.dtype, "cpu"), any_dtype=True)
+        self.checkpoints[checkpoint].check_base(self.spec, self.base)
 
     def _arms(self, job: Job, arms: Sequence[SuiteArm]) -> list[SuiteArm]:
         return [arm for arm in arms if (arm.group == METHOD_GROUP) == job.methods_only]
@@ -164,18 +186,39 @@ class Suite:
     def _jobs(self, subject: Subject, window: int) -> Iterator[Job]:
         """Short texts first; the arms of a text in turn, so that an unfinished run compares them on the same ones."""
         for length in sorted(self.options.lengths):
-            if length <= window:
+            if self._fits(f"{length:,} tokens", length, window):
                 yield from self._text_jobs(subject, length, methods_only=True)
-        yield from self._text_jobs(subject, min(self.options.ablation_length, window), methods_only=False)
-        if self.options.summaries is not None:
-            articles = read_articles(self.options.summaries, self.options.samples, cache_dir=self.options.cache_dir)
-            most = min(window, max(self.options.lengths, default=window))
-            for index, article in enumerate(articles):
-                def summary(arm: SuiteArm, article: Any = article) -> list[Record]:
-                    return [summarise(subject, arm, article, most, self.options.new_tokens)]
-
-                yield Job(SUMMARY, most, (str(index),), True, summary)
+        length = min(self.options.ablation_length, window)
+        if any(arm.group != METHOD_GROUP for arm in self.plan.arms) and self._fits(
+            f"ablations at {length:,} tokens", length, window
+        ):
+            yield from self._text_jobs(subject, length, methods_only=False)
+        yield from self._summary_jobs(subject, window)
         yield from self._longbench_jobs(subject, window)
+
+    def _fits(self, what: str, length: int, window: int) -> bool:
+        """Whether a window of so many tokens can be had; what cannot is told in the results."""
+        if length > window:
+            self.skipped[what] = f"beyond the model's window of {window:,}"
+        elif length > len(self.ids):
+            self.skipped[what] = f"the text has {len(self.ids):,}"
+        return length <= min(window, len(self.ids))
+
+    def _summary_jobs(self, subject: Subject, window: int) -> Iterator[Job]:
+        if self.options.summaries is None:
+            return
+        most = min(window, max(self.options.lengths, default=window))
+        try:
+            article_room(self.tokenizer, most, self.options.new_tokens)
+        except ValueError as error:
+            self.skipped["summaries"] = str(error)
+            return
+        articles = read_articles(self.options.summaries, self.options.samples, cache_dir=self.options.cache_dir)
+        for index, article in enumerate(articles):
+            def summary(arm: SuiteArm, article: Any = article) -> list[Record]:
+                return [summarise(subject, arm, article, most, self.options.new_tokens)]
+
+            yield Job(SUMMARY, most, (str(index),), True, summary)
 
     def _text_jobs(self, subject: Subject, length: int, *, methods_only: bool) -> Iterator[Job]:
         found = windows(self.ids, length, self.options.samples)
@@ -205,9 +248,13 @@ class Suite:
         """Everything that the numbers depend on."""
         plain = dataclasses.asdict(self.options)
         settings = {name: plain[name] for name in ("samples", "decode_steps", "new_tokens")}
+        of_model = all(arm.checkpoint is None for arm in arms)  # those of a checkpoint are in its arms
         settings |= {"model": self.spec.path, "dtype": str(model.dtype).removeprefix("torch."),
                      "device": model.device.type, "tokens_sha256": digest(self.ids),
+                     "model_sha256": fingerprint(model)["weights_sha256"] if of_model else None,
                      "summaries": self.options.summaries}  # fmt: skip
+        if self.options.summaries is not None and Path(self.options.summaries).is_file():
+            settings["summaries_sha256"] = sha256_file(Path(self.options.summaries))
         settings["arms"] = {arm.name: json.loads(arm.identity) for arm in arms}
         return json.loads(json.dumps(settings, default=str))
 
@@ -217,30 +264,7 @@ class Suite:
                 self.plan.arms}  # fmt: skip
         wanted = set(arms)
         records = [r for r in self.folder.read() if r["arm"] in wanted]
+        text = self.options.text
+        named = Path(text).name if Path(text).exists() else text
         return {"records": records, "refused": self.refused, "skipped": self.skipped, "arms": arms,
-                "conditions": {**self.conditions, "model": self.spec.name, "text": self.options.text}}  # fmt: skip
-
-
-def load_weights(spec: models.ModelSpec, checkpoint: str | None, dtype: str, device: str) -> PreTrainedModel:
-    """The model, or a checkpoint of it: a folder of weights, or of a LoRA adapter, which is merged.
-
-    Raises:
-        ValueError: for a folder that holds neither.
-    """
-    kind = "auto" if dtype == "auto" else getattr(torch, dtype)
-    if checkpoint is None:
-        return models.load_model(spec, dtype=kind, device=device)
-    folder = next((f for f in (Path(checkpoint), Path(checkpoint) / FINAL) if _weights(f)), None)
-    if folder is None:
-        raise ValueError(f"{checkpoint} holds no weights: config.json or adapter_config.json is missing, in it and in "
-                         f"its folder {FINAL}/")
-    if (folder / "adapter_config.json").is_file():
-        from peft import PeftModel
-
-        base = models.load_model(spec, dtype=kind, device=device)
-        return PeftModel.from_pretrained(base, str(folder)).merge_and_unload().eval()
-    return models.load_model(dataclasses.replace(spec, path=str(folder)), dtype=kind, device=device)
-
-
-def _weights(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+                "conditions": {**self.conditions, "model": self.spec.name, "text": named}}  # fmt: skip

@@ -35,16 +35,33 @@ def rouge(reference: str, said: str) -> Record:
     return {name: score.fmeasure for name, score in _scorer().score(reference, said).items()}
 
 
+def article_room(tokenizer: Any, window: int, new_tokens: int) -> int:
+    """Tokens of an article that a window holds beside ``TL;DR:`` and the answer.
+
+    Raises:
+        ValueError: for a window that holds none.
+    """
+    tail = len(tokenizer(TAIL, add_special_tokens=False)["input_ids"])
+    if window <= tail + new_tokens:
+        raise ValueError(f"a window of {window} tokens has no room for an article beside {tail} of {TAIL.strip()!r} "
+                         f"and an answer of {new_tokens}; at least {tail + new_tokens + 1} are needed")
+    return window - tail - new_tokens
+
+
 def summarise(subject: Subject, arm: SuiteArm, article: Article, window: int, new_tokens: int) -> Record:
     """A greedy summary of an article, cut at its end to what the window holds, after ``TL;DR:``.
 
     Args:
         window: tokens of article, tail and answer at most.
         new_tokens: of the answer at most.
+
+    Raises:
+        ValueError: for a window without room for an article.
     """
     model, tokenizer = subject.model, subject.tokenizer
+    room = article_room(tokenizer, window, new_tokens)
     tail = tokenizer(TAIL, add_special_tokens=False)["input_ids"]
-    body = tokenizer(article.text, verbose=False)["input_ids"][: window - len(tail) - new_tokens]
+    body = tokenizer(article.text, verbose=False)["input_ids"][:room]
     ids = torch.tensor([body + tail], device=model.device)
     with asymkv.replace(model.config.model_type, arm.config, model=model), torch.no_grad():
         started = time.perf_counter()

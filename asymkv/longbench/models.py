@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from asymkv.arguments import DTYPES
+from asymkv.checks import check_choice
 from asymkv.paths import config_path
 
 if TYPE_CHECKING:
@@ -109,6 +111,12 @@ def checkpoint_path(spec: ModelSpec) -> str:
     from asymkv.longbench.smollm2 import smollm2_folder
 
     return str(smollm2_folder(SMOLLM2_FAMILIES[spec.path]))
+
+
+def parse_dtype(name: str) -> torch.dtype | str:
+    """What :func:`load_model` takes for one of ``DTYPES``."""
+    check_choice("dtype", name, DTYPES)
+    return name if name == "auto" else getattr(torch, name)
 
 
 def parse_device_map(text: str) -> str | dict[str, int | str]:

@@ -157,6 +157,15 @@ class AAGC(Method):
         if self.seed_compat:
             aagc_seed.check(self, config)
 
+    def check_dimensions(self, *, keys: bool, values: bool) -> None:
+        """See :meth:`Method.check_dimensions`."""
+        if keys and self.rope_mode == "derotate":
+            raise ValueError("rope_mode='derotate' turns stored keys back by their positions, which projected keys do "
+                             "not allow; use rope_mode='post' with dimensions='zack', or set keys: false")
+        if self.seed_compat:
+            raise ValueError("seed_compat=True shares centroids between heads, and rows of fewer dimensions lie in "
+                             "each head's own directions; dimensions must be None, found 'zack'")
+
     def row_bytes(self, head_dim: int, dtype: torch.dtype, config: CompressionConfig) -> int:
         """The column of a row's folded tokens, two fp32 numbers, and that of its importance, one."""
         return 12 if self._keeps_worth else 8
@@ -183,9 +192,12 @@ class AAGC(Method):
         full = (clusters < budget) & (self.sink_size + recent + clusters > budget)
         if bool(full.any()):
             b, r, k = (int(x[full][0]) for x in (budget, recent, clusters))
+            room = b - self.sink_size - r
+            most = f"at most {room} clusters" if room > 0 else (
+                f"no clusters, since sinks and recent rows alone, {self.sink_size} + {r}, leave no row")  # fmt: skip
             raise ValueError(f"num_clusters + sink_size + recent rows = {k} + {self.sink_size} + {r} exceed the budget "
-                             f"of {b} rows; allowed: at most {b - self.sink_size - r} clusters, or at least {b} (prune "
-                             "only), or a smaller recent_size or window_size")
+                             f"of {b} rows; allowed: {most}, or at least {b} (prune only), or a smaller recent_size, "
+                             "window_size or sink_size")
 
     # -- decision ----------------------------------------------------------------------------------------------------
     def score(self, view: RowView) -> Tensor:

@@ -70,6 +70,9 @@ class Method:
             raise ValueError(f"method {config.method!r} judges the whole prompt at once; chunk_size must be None, "
                              f"found {config.chunk_size}")
 
+    def check_dimensions(self, *, keys: bool, values: bool) -> None:
+        """Raises ValueError if it cannot work on keys, or values, that each head stores in directions of its own."""
+
     def check_prompt(self, tokens: int, config: CompressionConfig) -> None:
         """Raises PromptRefusedError for a prompt of so many own tokens that the method cannot do what is asked."""
 

@@ -90,6 +90,10 @@ class FamilyAdapter:
         """
         return positions
 
+    def most_positions(self, config: Any) -> int | None:
+        """How many tokens a sequence can have at all; None where positions have no end."""
+        return None
+
     def logits(self, lm: Any, hidden: Tensor) -> Tensor:
         """Logits of hidden states ``[B, t, hidden_size]``."""
         return lm.lm_head(hidden)

@@ -86,12 +86,16 @@ class GPT2Adapter(FamilyAdapter):
         Raises:
             ValueError: for a token behind the model's last learned position.
         """
-        most = lm.config.max_position_embeddings
+        most = self.most_positions(lm.config)
         last = int(torch.where(present, positions, 0).max()) if positions.numel() else 0
         if last >= most:
             raise ValueError(f"this {self.model_type} model has {most} learned positions; found a token at position "
                              f"{last}: rows can be given up, positions cannot")
         return positions.clamp(max=most - 1)
+
+    def most_positions(self, config: Any) -> int:
+        """See :meth:`FamilyAdapter.most_positions`: the table's."""
+        return config.max_position_embeddings
 
     def check(self, config: Any) -> None:
         """Raises ValueError for a decoder that attends to an encoder too."""

@@ -183,8 +183,9 @@ def test_transformers_own_checkpointing_is_refused():
     with pytest.raises(ValueError, match="drop the cache, and with it the compression.*checkpoint_chunks=True"):
         student(prompt(40))
     model.train()
-    with torch.no_grad(), pytest.raises(ValueError, match="drop the cache in training mode"):
-        model(prompt(40))
+    for grad in (False, True):  # with gradients too: what to do comes before what cannot be
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="drop the cache in training mode"):
+            model(prompt(40))
     model.gradient_checkpointing_disable()
     student.close()
     assert student.model is model

@@ -13,6 +13,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import asymkv
+from asymkv.fingerprint import fingerprint
 from scripts import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,9 +50,13 @@ def test_a_run_leaves_a_model_and_its_settings(run, tmp_path, capsys):
     assert {"perplexity", "perplexity_full"} <= set(log[-1])
     told = json.loads((out / "run.json").read_text())
     assert told["arguments"]["max_steps"] == 2 and told["cache"] == config.to_dict()
+    assert told["model"] == fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), any_dtype=True)
     assert told["texts"]["train"]["blocks"] > told["texts"]["val"]["blocks"] > 0
     assert [set(start) for start in told["starts"]] == [{"date", "commit", "versions", "device_name", "threads"}]
     assert "perplexity" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds checkpoints of another run, up to checkpoint-2; give --resume"):
+        train.main(run(max_steps=1))
+    assert json.loads((out / "run.json").read_text()) == told
 
 
 def test_adapters_and_resume(run, tmp_path):
@@ -88,6 +93,8 @@ def test_bad_settings_are_named(run, changes, message):
 @pytest.mark.parametrize(("extra", "message"), [
     ("--bf16 --fp16", "give one of --bf16 and --fp16"),
     ("--evaluate_during_training --evaluation_strategy steps", "--evaluation_strategy steps needs --eval_steps"),
+    ("--max_length 0", "--max_length must be at least 2"),
+    ("--set window_size", "--set takes KEY=VALUE, such as window_size=8; found ['window_size']"),
 ])  # fmt: skip
 def test_flags_that_do_not_go_together(run, extra, message, capsys):
     with pytest.raises(SystemExit):

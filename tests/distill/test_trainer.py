@@ -11,8 +11,9 @@ from tiny_models import OPTIONS, prompt, tiny_model, tiny_tokenizer
 
 import asymkv
 from asymkv.distill import DistillSettings, Student, checkpoints
-from asymkv.distill.text import BlockOrder, read_files, to_blocks
+from asymkv.distill.text import BlockOrder, to_blocks
 from asymkv.distill.trainer import Trainer, TrainSettings
+from asymkv.texts import read_files
 
 CONFIG = asymkv.CompressionConfig("aagc", **OPTIONS["aagc"], budget=40, window_size=8)
 QUICK = {"train_batch_size": 2, "eval_batch_size": 2, "learning_rate": 3e-3, "warmup_steps": 0, "max_steps": 4,
@@ -57,6 +58,10 @@ def killed_after(updates):
     return Bar
 
 
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.student.trainable().items()}
 
@@ -65,7 +70,7 @@ def test_loss_falls_in_twenty_steps(tmp_path):
     """On the compressed cache: cross-entropy in training, and the perplexity of the real cache in validation."""
     trainer = make_trainer(tmp_path, validation=text_blocks(2), weight=0.1, max_steps=20, save_steps=0, eval_steps=10)
     after = trainer.fit(quiet)
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    log = log_of(tmp_path)
     losses = [entry["cross_entropy"] for entry in log if "cross_entropy" in entry]
     assert len(losses) == 20 and sum(losses[-3:]) < 0.8 * sum(losses[:3])
     validations = [entry for entry in log if "perplexity" in entry]
@@ -152,13 +157,90 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path,
             trainer.fit(killed_after(1))
     with torch.no_grad():
         next(iter(trainer.student.trainable().values())).fill_(math.nan)
-    where = "3 of 4.*checkpoint-1" if saved else "1 of 4.*no checkpoint yet"
+    where = "3 of 4.*checkpoint-1" if saved else r"1 of 4.*no checkpoint yet \(save_steps=1\): begin anew"
     with pytest.raises(FloatingPointError, match=rf"loss of blocks \[\d, \d\] is nan at update {where}"):
         trainer.fit(quiet)
     found = checkpoints.found(tmp_path)
     assert len(found) == saved
     if saved:
         assert all(torch.isfinite(w).all() for w in checkpoints.read(found[0])["weights"].values())
+
+
+@pytest.mark.parametrize("settings", [
+    {"max_steps": 1, "save_steps": 0}, {"max_steps": 1, "save_steps": 0, "eval_steps": None},
+    {"max_steps": 3, "save_steps": 1},
+], ids=["end", "validated", "between"])  # fmt: skip
+def test_weights_that_have_diverged_are_never_a_checkpoint_or_a_success(tmp_path, settings):
+    """The loss of an update's own weights is first seen by the update behind it; at the end there is none."""
+    validation = text_blocks(2) if "eval_steps" in settings else None
+    trainer = make_trainer(tmp_path, validation=validation, weight=0, learning_rate=1e30, **settings)
+    with pytest.raises(FloatingPointError, match="(loss of blocks|validation|largest weight).*there is no checkpoint"):
+        trainer.fit(quiet)
+    assert not checkpoints.found(tmp_path)
+    assert not [line for line in log_of(tmp_path) if not all(map(math.isfinite, line.values()))]
+
+
+def test_a_weight_that_no_loss_sees_is_checked_too(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer._check_weights()
+    with torch.no_grad():
+        trainer.student.lm.model.embed_tokens.weight[0] = math.inf  # of the padding token
+    with pytest.raises(FloatingPointError, match="largest weight of .*embed_tokens.* is inf"):
+        trainer.save()
+    assert not checkpoints.found(tmp_path)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    make_trainer(tmp_path).fit(quiet)
+    with pytest.raises(ValueError, match="holds checkpoints of another run, up to checkpoint-4; give --resume"):
+        make_trainer(tmp_path, max_steps=2).fit(quiet)
+    assert [p.name for p in checkpoints.found(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+    make_trainer(tmp_path / "old").fit(quiet)
+    with pytest.raises(ValueError, match="holds checkpoints of another run"):
+        make_trainer(tmp_path).resume(tmp_path / "old" / "checkpoint-2")
+
+
+def test_a_run_from_an_older_checkpoint_keeps_its_own_and_sets_newer_ones_aside(tmp_path):
+    make_trainer(tmp_path, max_steps=6, save_steps=2, keep_checkpoints=3).fit(quiet)
+    again = make_trainer(tmp_path, max_steps=6, save_steps=1, keep_checkpoints=2)
+    assert again.resume(tmp_path / "checkpoint-2") == 2
+    assert [p.name for p in checkpoints.found(tmp_path)] == ["checkpoint-2"]
+    with pytest.raises(KeyboardInterrupt):
+        again.fit(killed_after(1))
+    assert [p.name for p in checkpoints.found(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+    assert {p.name for p in tmp_path.glob("aside-*")} == {"aside-checkpoint-4", "aside-checkpoint-6"}
+
+
+def test_the_last_good_checkpoint_is_this_runs_own(tmp_path):
+    make_trainer(tmp_path / "old").fit(quiet)
+    trainer = make_trainer(tmp_path / "new", save_steps=0)
+    trainer.resume(tmp_path / "old" / "checkpoint-2")
+    with torch.no_grad():
+        next(iter(trainer.student.trainable().values())).fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="last good checkpoint is .*old/checkpoint-2"):
+        trainer.fit(quiet)
+
+
+def test_a_log_holds_every_step_once_after_a_resume(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, validation=text_blocks(2), eval_steps=2).fit(killed_after(3))
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # torn by the kill
+    again = make_trainer(tmp_path, validation=text_blocks(2), eval_steps=2)
+    assert again.resume() == 2
+    again.fit(quiet)
+    steps = [(entry["step"], "perplexity" in entry) for entry in log_of(tmp_path)]
+    assert steps == [(0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"max_steps": 0}, "max_steps must be an integer >= 1; found 0"),
+    ({"eval_steps": -1}, "eval_steps must be an integer >= 0; found -1"),
+    ({"learning_rate": math.inf}, "learning_rate must be a number >= 0 and finite; found inf"),
+])  # fmt: skip
+def test_settings_that_train_nothing_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainSettings(**settings)
 
 
 def test_too_short_blocks_are_reported(tmp_path, caplog):

@@ -11,18 +11,20 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tiny_models import tiny_model
 
 import asymkv
 from asymkv import CompressionConfig
-from asymkv.experiments import report, suite
+from asymkv.experiments import measure, report, suite
 from asymkv.experiments.arms import Sizes, SuiteArm, ablation_arms, load_suite, method_arms
+from asymkv.experiments.checkpoint import FINAL, load_weights
 from asymkv.experiments.corpus import read_articles, read_text, windows
 from asymkv.experiments.measure import check_rows, measure_text, stream
-from asymkv.experiments.suite import Options, load_weights, run_suite
+from asymkv.experiments.suite import Options, run_suite
 from asymkv.experiments.tasks import rouge
 from asymkv.longbench.arms import StoredTooMuchError
 from asymkv.longbench.jsonl import NotFiniteError
-from asymkv.longbench.models import ModelSpec, load_model
+from asymkv.longbench.models import ModelSpec, load_model, parse_dtype
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SIZES = Sizes(budget=96, stride=64, own={"zack": {"ratio": 0.5}})
@@ -149,6 +151,15 @@ def test_a_measure_says_what_is_stored(model) -> None:
     assert found["tokens_per_second"] > 0 and found["decode_tokens_per_second"] > 0
 
 
+def test_decoding_is_timed_as_far_as_there_are_positions(tmp_path) -> None:
+    short = tiny_model("gpt2", max_position_embeddings=128)
+    arm = method_arms(["h2o"], Sizes(64, 32)).arms[0]
+    rates = {n: measure_text(short, arm, torch.randint(5, 120, (1, n)), 4)[0]["decode_tokens_per_second"]
+             for n in (100, 125, 128)}  # fmt: skip
+    assert rates[100] > 0 and rates[125] > 0 and rates[128] is None
+    assert [measure.steps_left(short, n, 4) for n in (100, 125, 126, 128)] == [4, 1, 0, 0]
+
+
 def test_an_arm_that_does_not_compress_is_an_error(model) -> None:
     h2o = method_arms(["h2o"], SIZES).arms[0]
     idle = CompressionConfig("h2o", budget=1000)  # never full on this text, as if the model had not been patched
@@ -189,7 +200,8 @@ def test_a_run_goes_on_where_it_stopped_and_reports_all(tiny_folder, text_file, 
     assert len(measured) - (calls[3][0] != "razor") == 2 * 2 * 2 + 2 * 3 and len(calls) - len(measured) == 2
     keys = [(r["kind"], r["arm"], r["length"], r["item"]) for r in results["records"]]
     assert len(keys) == len(set(keys)) == 2 * 2 * 2 + 2 * 5
-    assert results["skipped"] == [4096] and "find_retrieval_heads" in results["refused"]["razor"]
+    assert results["skipped"] == {"4,096 tokens": "beyond the model's window of 2,048"}
+    assert "find_retrieval_heads" in results["refused"]["razor"]
     before = len(calls)
     assert run_suite(options, plan)["records"] == results["records"] and calls[before:] == [("razor", 128)]
     page = report.write_report(tmp_path, results).read_text()
@@ -210,7 +222,7 @@ def test_a_distilled_step_runs_on_its_checkpoint(tiny_folder, text_file, tmp_pat
     trained = load_model(ModelSpec("tiny", str(tiny_folder), 2048))
     with torch.no_grad():
         trained.lm_head.weight.mul_(0.5)
-    trained.save_pretrained(tmp_path / "trained" / suite.FINAL)
+    trained.save_pretrained(tmp_path / "trained" / FINAL)
     only = {**SUITE, "grids": {}}
     plan = ablation_arms(only, SIZES, str(tmp_path / "trained"))
     results = run_suite(options_for(tiny_folder, text_file, tmp_path / "out"), plan)
@@ -266,7 +278,7 @@ def test_one_command_calibrates_and_one_compares(script, tiny_folder, text_file,
     (tmp_path / "zack.yaml").write_text("method: zack\ndimensions: {kind: zack, multiple: 2, least: 2}")  # heads of 8
     (tmp_path / "articles.jsonl").write_text(json.dumps({"article": "a b c " * 80, "summary": "a b"}))
     command = ["--model_name_or_path", str(tiny_folder), "--dataset_name", str(text_file), "--output_dir",
-               str(tmp_path / "out"), "--sequence_lengths", "128", "--max_length", "128", *FLAGS, "--methods", "full",
+               str(tmp_path / "out"), "--sequence_lengths", "160", "--max_length", "128", *FLAGS, "--methods", "full",
                str(tmp_path / "zack.yaml"), "uncomp", "--suite", str(tmp_path / "suite.yaml"),
                "--summarization_dataset", str(tmp_path / "articles.jsonl"), "--longbench", "needle",
                "--run_evaluation", "--run_ablations", "--run_summarization"]  # fmt: skip
@@ -279,6 +291,17 @@ def test_one_command_calibrates_and_one_compares(script, tiny_folder, text_file,
     rows = {row["arm"]: row for row in saved["summary"] if row["group"] == "methods"}
     assert rows["zack"]["rows_per_head"] == rows["full"]["rows_per_head"]
     assert rows["zack"]["stored_bytes"] < rows["full"]["stored_bytes"]
+
+
+@pytest.mark.parametrize("name", ["calibrate_zack", "find_retrieval_heads", "run_experiments"])
+def test_a_dtype_that_is_none_lists_those_that_are(script, name, capsys) -> None:
+    given = ["--text-file", "x"] * (name != "run_experiments") + ["--model", "x"] * (name != "run_experiments")
+    with pytest.raises(SystemExit):
+        script(name).parse_args([*given, "--dtype", "foo"])
+    told = capsys.readouterr().err
+    assert "argument --dtype: invalid choice: 'foo'" in told and "bfloat16" in told
+    with pytest.raises(ValueError, match="dtype='foo'; allowed: .*'bfloat16'"):
+        parse_dtype("foo")
 
 
 def test_evaluation_alone_takes_the_public_flags(script, tiny_folder, text_file, tmp_path) -> None:

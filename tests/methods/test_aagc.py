@@ -286,6 +286,8 @@ def test_public_rule_moves_random_rows_by_eta(eta):
     ({"num_clusters": 900}, r"num_clusters \+ sink_size \+ recent rows = 900 \+ 4 \+ 256 exceed the budget of 1024.*"
                             "at most 764 clusters, or at least 1024"),
     ({"recent_size": 1020, "num_clusters": 1}, r"= 1 \+ 4 \+ 1020 exceed the budget"),
+    ({"budget": 64, "recent_size": 100, "num_clusters": 8}, r"= 8 \+ 4 \+ 100 exceed the budget of 64 rows; allowed: "
+        r"no clusters, since sinks and recent rows alone, 4 \+ 100, leave no row, or at least 64"),
     ({"lookback_window": 600}, "lookback_window must be at most pruning_interval=512.*found 600"),
     ({"num_clusters": 0}, "num_clusters must be an integer >= 1; found 0"),
     ({"kmeans_learning_rate": 1.5}, "kmeans_learning_rate must be a number from 0 to 1; found 1.5"),
@@ -303,7 +305,7 @@ def test_public_rule_moves_random_rows_by_eta(eta):
 ], ids=str)  # fmt: skip
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
-        asymkv.CompressionConfig("aagc", budget=1024, **settings)
+        asymkv.CompressionConfig("aagc", **{"budget": 1024, **settings})
 
 
 def test_a_share_of_a_prompt_that_holds_too_few_rows_is_named():

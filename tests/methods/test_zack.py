@@ -9,13 +9,14 @@ from tiny_models import assert_close, assert_same_rows, left_padded, prompt, tin
 from zack_bases import BASES, zack
 
 import asymkv
-from asymkv import CompressedCache, CompressionConfig
+from asymkv import CompressedCache, CompressionConfig, serialize
 from asymkv.analysis.zack_basis import calibrate
 from asymkv.dimensions.basis import load
 from asymkv.dimensions.projection import fold_input, fold_output, narrowed
 from asymkv.rope import apply_rope
 
 LAYERS, HEADS, SIZE = 2, 2, 16
+CLUSTERS = {"budget": 40, "num_clusters": 10, "pruning_interval": 32, "lookback_window": 16, "window_size": 8}
 
 
 def filled(tokens=100, method="zack", *, batch=1, dimensions=None, model=None, **settings):
@@ -99,8 +100,8 @@ def test_rotary_positions_forbid_folding_queries_and_keys():
 
 def test_adapted_weights_are_not_folded():
     model = tiny_model()
-    model.model.layers[1].self_attn.v_proj = torch.nn.Sequential(model.model.layers[1].self_attn.v_proj)
-    with pytest.raises(ValueError, match="plain linear projections.*found for value Sequential"):
+    model.model.layers[1].self_attn.v_proj.__class__ = type("Adapted", (torch.nn.Linear,), {})
+    with pytest.raises(ValueError, match="plain linear projections.*found for value Adapted"):
         filled(model=model, dimensions=zack(fold=True))
 
 
@@ -247,7 +248,8 @@ def test_rows_of_another_basis_are_not_loaded(tmp_path):
     path = tmp_path / "cache" / "cache.json"
     manifest = json.loads(path.read_text())
     manifest["config"]["dimensions"]["basis"] = str(other)
-    path.write_text(json.dumps(manifest))
+    del manifest["sha256"]
+    path.write_text(json.dumps({**manifest, "sha256": serialize._checksum(manifest)}))
     with pytest.raises(ValueError, match="in the coordinates of the basis .*point dimensions.basis to the one"):
         CompressedCache.load(tmp_path / "cache", model)
 
@@ -292,3 +294,41 @@ def test_ratio_means_dimensions_only_where_every_row_is_kept():
     assert CompressionConfig("h2o", ratio=0.25).row_dimensions is None
     assert "dimensions=zack 0.25" in CompressionConfig("zack", ratio=0.25).describe()
     assert CompressionConfig("zack", ratio=0.25).replace(ratio=0.5).row_dimensions.ratio == 0.5
+
+
+# -- with clusters -----------------------------------------------------------------------------------------------------
+def test_clusters_of_narrower_values_are_those_of_whole_ones_projected(tmp_path):
+    """Keys as they are decide alike; a mean of projected values is the projected mean."""
+    model = tiny_model(num_hidden_layers=1)
+    calibrate(model, [prompt(64)[0]]).save(tmp_path)
+    values_alone = zack(keys=False, basis=str(tmp_path))
+    _, narrow = filled(method="aagc", model=model, dimensions=values_alone, **CLUSTERS)
+    with asymkv.replace("llama", model=model, method="aagc", **CLUSTERS):
+        whole = model(prompt(100)).past_key_values
+    basis = narrow.projections[0].values
+    assert narrow.compactions > 0 and narrow.values(0)[0][0].shape[-1] == 8 != narrow.keys(0)[0][0].shape[-1]
+    for head in range(HEADS):
+        assert torch.equal(narrow.keys(0)[0][head], whole.keys(0)[0][head])
+        assert_close("values", whole.values(0)[0][head] @ basis[head], narrow.values(0)[0][head], 1e-5)
+
+
+def test_keys_that_were_projected_cannot_be_turned_back_for_clusters():
+    """They would be clustered as they are stored, and the setting would say otherwise."""
+    settings = {**CLUSTERS, "rope_mode": "derotate"}
+    with pytest.raises(ValueError, match="rope_mode='derotate' turns stored keys back.*use rope_mode='post'"):
+        CompressionConfig("aagc", dimensions=zack(), **settings)
+    assert CompressionConfig("aagc", dimensions=zack(keys=False), **settings).row_dimensions is not None
+    assert CompressionConfig("aagc", dimensions=zack(), **CLUSTERS).row_dimensions is not None
+
+
+@pytest.mark.parametrize("only", [{}, {"keys": False}, {"values": False}], ids=str)
+def test_heads_that_store_in_directions_of_their_own_share_no_centroids(only):
+    with pytest.raises(ValueError, match="seed_compat=True shares centroids between heads"):
+        CompressionConfig("aagc", dimensions=zack(**only), budget=40, num_clusters=10, seed_compat=True)
+
+
+def test_a_share_of_dimensions_is_called_one():
+    with pytest.raises(ValueError, match="ratio is the share of dimensions kept.*found 1.5"):
+        CompressionConfig("zack", ratio=1.5)
+    with pytest.raises(ValueError, match="ratio is the share of rows kept.*found 1.5"):
+        CompressionConfig("h2o", dimensions=zack(), ratio=1.5)

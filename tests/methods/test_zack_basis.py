@@ -166,14 +166,83 @@ def test_an_interrupted_calibration_goes_on(tmp_path):
         assert torch.equal(getattr(resumed, name), getattr(whole, name)), name
 
 
-def test_sums_of_an_interrupted_calibration_are_checked(tmp_path):
+@pytest.mark.parametrize("place", [20, 200, -9], ids=["header", "told", "sums"])
+def test_sums_of_an_interrupted_calibration_are_checked(tmp_path, place):
     model, samples = tiny_model(), [prompt(40, seed=s)[0] for s in range(2)]
     sums = zack_basis.Sums.resume(model, samples, None)
     sums.add(model, samples[0])
     sums.save(tmp_path)
-    (tmp_path / zack_basis.SUMS).write_bytes(b"0" * 100)
-    with pytest.raises(ValueError, match="is damaged; remove .*" + UNFINISHED):
+    data = bytearray((tmp_path / UNFINISHED).read_bytes())
+    data[place] ^= 1
+    (tmp_path / UNFINISHED).write_bytes(data)
+    with pytest.raises(ValueError, match=UNFINISHED + " (is damaged|is no unfinished).*remove it to begin anew"):
         calibrate(model, samples, folder=tmp_path)
+
+
+def test_a_kill_while_sums_are_saved_leaves_those_of_before(tmp_path, monkeypatch):
+    """One file holds the sums and how many samples are in them: it is replaced or it is not."""
+    model, samples = tiny_model(), [prompt(40, seed=s)[0] for s in range(3)]
+    sums = zack_basis.Sums.resume(model, samples, None)
+    sums.add(model, samples[0])
+    sums.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [UNFINISHED]
+    sums.add(model, samples[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(zack_basis, "replace_file", killed(zack_basis.replace_file))
+        with pytest.raises(KeyboardInterrupt):
+            sums.save(tmp_path)
+    resumed = zack_basis.Sums.resume(model, samples, tmp_path)
+    assert resumed.samples == 1
+    assert torch.equal(calibrate(model, samples, folder=tmp_path).keys, calibrate(model, samples).keys)
+
+
+def killed(replace_file):
+    """Dies when the new file has been written and not yet moved into place."""
+    def write(path, fill):
+        def dies(target):
+            fill(target)
+            raise KeyboardInterrupt
+
+        return replace_file(path, dies)
+
+    return write
+
+
+def test_an_interruption_finds_sums_of_whole_samples(monkeypatch):
+    """Whatever is added last: keys, values and their count change together."""
+    model, sample = tiny_model(), prompt(40)[0]
+    sums = zack_basis.Sums.resume(model, [sample], None)
+
+    class Interrupted(torch.Tensor):
+        def __radd__(self, other):
+            raise KeyboardInterrupt
+
+        __add__ = __iadd__ = __radd__
+
+    sums.total = (sums.keys, sums.values.as_subclass(Interrupted), 0)
+    with pytest.raises(KeyboardInterrupt):
+        sums.add(model, sample)
+    assert sums.samples == 0 and not sums.keys.any()
+
+
+def test_sums_survive_an_interruption_of_the_bases_themselves(tmp_path, monkeypatch):
+    model, samples = tiny_model(), [prompt(40, seed=s)[0] for s in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(zack_basis, "output_grams", lambda model: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, samples, folder=tmp_path)
+    seen = []
+    calibrate(model, samples, folder=tmp_path, progress=seen.append)
+    assert not seen
+
+
+def test_sums_of_another_model_are_refused(tmp_path):
+    sample = prompt(40)[0]
+    sums = zack_basis.Sums.resume(tiny_model(), [sample], None)
+    sums.add(tiny_model(), sample)
+    sums.save(tmp_path)
+    with pytest.raises(ValueError, match="holds an unfinished calibration of .*weights_sha256"):
+        calibrate(tiny_model(seed=5), [sample], folder=tmp_path)
 
 
 def test_states_that_are_not_finite_are_not_summed():

@@ -1,0 +1,87 @@
+"""Documents by name: local files, and data sets of the hub in every way that the scripts let them be written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".txt", ".md", ".jsonl")
+# Names without an owner, of which a slash parts the configuration; with that of the public code where it gives none.
+KNOWN = {"wikitext": ("Salesforce/wikitext", None), "cnn_dailymail": ("abisee/cnn_dailymail", "3.0.0")}
+FORMS = "owner/name, owner/name:configuration, name:configuration, " + ", ".join(f"{n}/configuration" for n in KNOWN)
+
+
+def read_files(paths: Sequence[str | Path]) -> Iterator[str]:
+    """Documents of local files: a text file is one, a ``.jsonl`` file has one per line under "text".
+
+    Raises:
+        ValueError: for a file that is missing, of another kind, or a line without text.
+    """
+    for path in map(Path, paths):
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"text files must end in one of {list(SUFFIXES)}; found {path.name!r}")
+        if not path.is_file():
+            raise ValueError(f"no text file at {path}")
+        content = path.read_text(encoding="utf-8")
+        if path.suffix != ".jsonl":
+            yield content
+            continue
+        for number, line in enumerate(content.splitlines(), 1):
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                raise ValueError(f"{path}, line {number}: expected an object with \"text\"; found {line[:60]!r}")
+            yield row["text"]
+
+
+def split_name(name: str, configuration: str | None = None) -> tuple[str, str | None]:
+    """A data set's id on the hub, and its configuration.
+
+    Args:
+        name: see ``FORMS``; ``wikitext-103-v1`` and the like are configurations of WikiText.
+        configuration: given apart from the name.
+
+    Raises:
+        ValueError: for a name of another form, or two configurations.
+    """
+    path, _, own = name.partition(":")
+    owner, _, rest = path.partition("/")
+    if not own and (owner in KNOWN and rest or "/" in rest):
+        path, own = path.rsplit("/", 1)
+    if not own and path.startswith("wikitext-"):
+        path, own = "wikitext", path
+    if not path or path.count("/") > 1:
+        raise ValueError(f"a data set is named {FORMS}; found {name!r}")
+    if own and configuration is not None and configuration != own:
+        raise ValueError(f"data set {name!r} names configuration {own!r}; found {configuration!r} beside it")
+    found, default = KNOWN.get(path, (path, None))
+    return found, own or configuration or default
+
+
+def load_split(name: str, split: str, *, configuration: str | None = None, cache_dir: str | None = None) -> Any:
+    """Rows of a data set of the hub; ``name`` as in :func:`split_name`.
+
+    Raises:
+        ImportError: if ``datasets`` is not installed.
+        ValueError: for a data set that cannot be had.
+    """
+    # A folder is a data set too, if it holds files that the library knows.
+    path, own = (name, configuration) if Path(name).is_dir() else split_name(name, configuration)
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ImportError(f"{name!r} is no local file or folder of text; as a data set of the hub it needs the "
+                          "package: pip install datasets") from None
+    try:
+        return load_dataset(path, own, split=split, cache_dir=cache_dir)
+    except Exception as error:  # whatever hub, network or files raise
+        raise ValueError(f"{name!r} is no local file or folder of text, and the data set {path!r} (configuration "
+                         f"{own!r}, split {split!r}) cannot be had: {type(error).__name__}: {error}") from error
+
+
+def text_column(rows: Any, name: str) -> Sequence[str]:
+    """The column "text" of a data set's rows; raises ValueError where there is none."""
+    if "text" not in rows.column_names:
+        raise ValueError(f"data set {name!r} has no column 'text'; found {rows.column_names}")
+    return rows["text"]
