@@ -49,6 +49,9 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     add("--dynamic_kv_budget", type=int, help="rows per KV head of dynamic_kv, the mean of its layers; default: B")
     add("--razor_retrieval_head_ratio", type=float, help="share of heads kept whole at most; default: what B holds")
     add("--uncomp_target_compression_ratio", type=float, help="share of rows that uncomp keeps; default: B rows")
+    parser.add_argument("--calibration_text", default="embedded",
+                        help="as --dataset_name: what razor, uncomp and zack are measured on beforehand, once per "
+                             "model, where the user's cache folder lacks it; 'none' = leave them out then")  # fmt: skip
     parser.add_argument("--checkpoint", help="weights or LoRA adapter of scripts/train.py, for the distilled step")
     parser.add_argument("--suite", default="aagc", help="yaml of ablations, or the name of a shipped one")
 
@@ -92,6 +95,7 @@ def options_of(args: argparse.Namespace, **extra: Any) -> Options:
         batch=args.batch_size, decode_steps=args.decode_steps, longbench=tuple(args.longbench), data_dir=args.data_dir,
         longbench_config=args.longbench_config, changed_prompts=args.changed_prompts,
         dtype="float16" if args.fp16 else args.dtype, device=args.device,
+        calibration=None if args.calibration_text == "none" else args.calibration_text,
         cache_dir=args.dataset_cache_dir, **extra,
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from asymkv.experiments.arms import METHOD_GROUP, Plan, SuiteArm
 from asymkv.experiments.checkpoint import Checkpoint, load_weights
 from asymkv.experiments.corpus import digest, read_articles, read_text, windows
 from asymkv.experiments.measure import Record, measure_text
+from asymkv.experiments.prepare import prepare
 from asymkv.experiments.tasks import answer_row, article_room, summarise
 from asymkv.files import sha256_file
 from asymkv.fingerprint import fingerprint
@@ -50,6 +51,8 @@ class Options:
         longbench: tasks; ``data_dir``, ``longbench_config`` and ``changed_prompts`` as in ``scripts/pred.py``.
         new_tokens: of a summary.
         dtype, device: of model and cache.
+        calibration: a text as ``text`` is one, to measure head scores and bases on that methods lack; None = such
+            methods are refused.
         cache_dir: of the ``datasets`` library.
     """
 
@@ -70,6 +73,7 @@ class Options:
     new_tokens: int = 128
     dtype: str = "auto"
     device: str = "cpu"
+    calibration: str | None = None
     cache_dir: str | None = None
 
 
@@ -133,6 +137,7 @@ class Suite:
         model = load_weights(self.spec, checkpoint, self.options.dtype, self.options.device)
         if checkpoint is None:
             self.base = fingerprint(model, any_dtype=True)
+            self._prepare(model)
         window = int(getattr(model.config, "max_position_embeddings", sys.maxsize))
         spec = dataclasses.replace(self.spec, max_length=window)
         subject = Subject(model, self.tokenizer, spec, models.stop_ids(spec, model, self.tokenizer))
@@ -148,6 +153,15 @@ class Suite:
                     bar.set_postfix_str(f"{job.kind} {job.length} {arm.name}", refresh=False)
                     self._measure(job, arm, records)
                     bar.update()
+
+    def _prepare(self, model: PreTrainedModel) -> None:
+        """Measures what methods lack of the model, on a text that is not the one that they are compared on."""
+        name = self.options.calibration
+        if name is not None:
+            made = prepare(model, self.tokenizer, [arm.config for arm in self.plan.arms],
+                           lambda: read_text(name, cache_dir=self.options.cache_dir))  # fmt: skip
+            if made:
+                logger.warning("measured on %s for this model, once: %s", name, ", ".join(made))
 
     def _check_base(self, checkpoint: str | None) -> None:
         """Raises ValueError for weights that were trained from another model, where it is known from which."""

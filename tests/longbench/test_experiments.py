@@ -281,7 +281,7 @@ def test_one_command_calibrates_and_one_compares(script, tiny_folder, text_file,
                str(tmp_path / "out"), "--sequence_lengths", "160", "--max_length", "128", *FLAGS, "--methods", "full",
                str(tmp_path / "zack.yaml"), "uncomp", "--suite", str(tmp_path / "suite.yaml"),
                "--summarization_dataset", str(tmp_path / "articles.jsonl"), "--longbench", "needle",
-               "--run_evaluation", "--run_ablations", "--run_summarization"]  # fmt: skip
+               "--run_evaluation", "--run_ablations", "--run_summarization", "--calibration_text", "none"]  # fmt: skip
     assert script("run_experiments").main(command) == 1
     out = capsys.readouterr()
     assert "not measured: uncomp" in out.err and "results.md" in out.out and "ranks of the layers" in out.out
@@ -291,6 +291,24 @@ def test_one_command_calibrates_and_one_compares(script, tiny_folder, text_file,
     rows = {row["arm"]: row for row in saved["summary"] if row["group"] == "methods"}
     assert rows["zack"]["rows_per_head"] == rows["full"]["rows_per_head"]
     assert rows["zack"]["stored_bytes"] < rows["full"]["stored_bytes"]
+
+
+def test_one_command_measures_what_its_methods_lack(script, tiny_folder, text_file, tmp_path, monkeypatch) -> None:
+    """Head scores and bases are made once per model, on another text than the one that is compared on."""
+    monkeypatch.setenv("ASYMKV_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "other.txt").write_text("other words, again and again. " * 60)
+    (tmp_path / "zack.yaml").write_text("method: zack\ndimensions: {kind: zack, multiple: 2, least: 2}")
+    command = ["--model_name_or_path", str(tiny_folder), "--dataset_name", str(text_file), "--sequence_lengths", "160",
+               *FLAGS, "--methods", "full", str(tmp_path / "zack.yaml"), "razor", "uncomp", "--calibration_text",
+               str(tmp_path / "other.txt")]  # fmt: skip
+    run = script("run_experiments")
+    assert run.main([*command, "--output_dir", str(tmp_path / "out"), "--run_evaluation"]) == 0
+    files = {p: p.read_bytes() for p in (tmp_path / "cache").rglob("*.*")}
+    assert {"induction.json", "echo.json", "entropy.json", "basis.json"} <= {p.name for p in files}
+    saved = json.loads((tmp_path / "out" / "evaluation_results.json").read_text())
+    assert {r["arm"] for r in saved["records"]} == {"full", "zack", "razor", "uncomp"}
+    assert run.main([*command, "--output_dir", str(tmp_path / "again"), "--run_evaluation"]) == 0
+    assert files == {p: p.read_bytes() for p in (tmp_path / "cache").rglob("*.*")}
 
 
 @pytest.mark.parametrize("name", ["calibrate_zack", "find_retrieval_heads", "run_experiments"])
