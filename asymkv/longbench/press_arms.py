@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from asymkv.budgets import parse_bytes
 from asymkv.longbench.arms import ArmError, BaseArm, StoredTooMuchError, full_cache_bytes
 
 if TYPE_CHECKING:
@@ -78,23 +79,27 @@ class PressArm(BaseArm):
         name: folder and label.
         press: which press.
         ratio: share of rows kept; kvpress's ``compression_ratio`` is 1 - ratio.
-        budget: rows per KV head instead.
+        budget: rows per KV head instead, or bytes of the whole cache (``"2MiB"``). A press keeps a share of the rows,
+            and what it only hides it still stores.
         bare: always False: a prompt without its context needs no press.
     """
 
     name: str
     press: PressSpec | None = None
     ratio: float | None = None
-    budget: int | None = None
+    budget: int | str | None = None
     bare: bool = False
 
     def __post_init__(self) -> None:
         if self.press is not None and (self.ratio is None) == (self.budget is None):
-            raise ValueError(f"{self.name}: a press takes a ratio or a budget in rows")
+            raise ValueError(f"{self.name}: a press takes a ratio, or a budget in rows or bytes")
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ValueError(f"{self.name}: ratio must be in (0, 1], found {self.ratio}")
-        if self.budget is not None and (not isinstance(self.budget, int) or self.budget < 1):
-            raise ValueError(f"{self.name}: a press takes its budget in rows per KV head, found {self.budget!r}")
+        if isinstance(self.budget, str):
+            parse_bytes(self.budget)
+        elif self.budget is not None and (not isinstance(self.budget, int) or self.budget < 1):
+            raise ValueError(f"{self.name}: a press takes its budget in rows per KV head (an integer >= 1) or bytes "
+                             f"('2MiB'), found {self.budget!r}")  # fmt: skip
 
     @property
     def compresses(self) -> bool:
@@ -105,23 +110,26 @@ class PressArm(BaseArm):
         """A press works in one prefill, and leaves all that follows as it is."""
         return not self.compresses
 
-    def share(self, tokens: int) -> float:
-        """Share of a prompt's rows that are kept."""
+    def share(self, tokens: int, token_bytes: float = 1.0) -> float:
+        """Share of a prompt's rows that are kept; ``token_bytes``: of a token's rows in all layers and heads."""
         if self.ratio is not None:
             return self.ratio
-        return 1.0 if self.budget is None else min(1.0, self.budget / tokens)
+        if self.budget is None:
+            return 1.0
+        rows = parse_bytes(self.budget) / token_bytes if isinstance(self.budget, str) else self.budget
+        return min(1.0, rows / tokens)
 
     def applied(self, model: PreTrainedModel) -> contextlib.AbstractContextManager[Any]:
         from asymkv.longbench.pressed import pressed
 
-        return pressed(model, self._build)
+        return pressed(model, lambda tokens: self._build(tokens, full_cache_bytes(model, 1)))
 
-    def _build(self, tokens: int) -> Any:
+    def _build(self, tokens: int, token_bytes: int) -> Any:
         if self.press is None:
             return None
         from asymkv.longbench.presses import build
 
-        return build(self.press, 1 - self.share(tokens))
+        return build(self.press, 1 - self.share(tokens, token_bytes))
 
     def settings(self) -> dict[str, Any]:
         press = {} if self.press is None else self.press.to_mapping()
@@ -151,9 +159,11 @@ class PressArm(BaseArm):
             if mean != tokens + extra:
                 raise StoredTooMuchError(f"{self.name} holds {mean:g} rows after {tokens + extra} tokens")
             return
-        allowed = self.share(tokens) * tokens * (1 + SLACK_SHARE) + SLACK_ROWS
+        rows = cache.rows()
+        share = self.share(tokens, cache.nbytes * len(rows) / max(sum(rows), 1))
+        allowed = share * tokens * (1 + SLACK_SHARE) + SLACK_ROWS
         if mean > min(allowed, tokens) + extra:
             raise StoredTooMuchError(
                 f"{self.name} shows attention {mean:g} rows per KV head after {tokens} prompt tokens; a share of "
-                f"{self.share(tokens):g} allows {allowed:g} and {extra} rows since"
+                f"{share:g} allows {allowed:g} and {extra} rows since"
             )

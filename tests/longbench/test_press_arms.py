@@ -12,7 +12,7 @@ import torch
 from tiny_models import prompt, tiny_model
 
 from asymkv.longbench import peers, retention
-from asymkv.longbench.arms import FULL, StoredTooMuchError, make_arms, parse_settings
+from asymkv.longbench.arms import FULL, StoredTooMuchError, full_cache_bytes, make_arms, parse_settings
 from asymkv.longbench.data import Task
 from asymkv.longbench.measure import Protocol, Subject, measure
 from asymkv.longbench.models import ModelSpec
@@ -60,13 +60,32 @@ def test_the_command_line_makes_press_arms():
 
 @pytest.mark.parametrize(
     ("size", "message"),
-    [({}, "a ratio or a budget"), ({"ratio": 1.5}, "ratio must be"), ({"budget": "1MiB"}, "in rows per KV head")],
+    [
+        ({}, "a ratio, or a budget"),
+        ({"ratio": 1.5}, "ratio must be"),
+        ({"budget": 0}, "rows per KV head .* or bytes"),
+        ({"budget": "1 row"}, "not a size"),
+    ],
 )
-def test_a_press_takes_a_ratio_or_rows(size, message):
+def test_a_press_takes_a_ratio_rows_or_bytes(size, message):
     with pytest.raises(ValueError, match=message):
         PressArm("a", PressSpec("KnormPress"), **size)
     arm = PressArm("a", PressSpec("KnormPress"), budget=30)
     assert (arm.share(60), arm.share(20)) == (0.5, 1.0)
+
+
+@torch.no_grad()
+def test_a_budget_in_bytes_is_a_share_of_the_stock_cache(lm, press):
+    """Of 100 tokens, what takes a quarter of their bytes; a press that leaves more is refused."""
+    limit = full_cache_bytes(lm, 100) // 4
+    arm, tokens = PressArm("a", PressSpec("X"), budget=f"{limit}B"), prompt(100)[0].tolist()
+    assert arm.share(100, full_cache_bytes(lm, 1)) == pytest.approx(0.25, abs=1e-3)
+    for kept, fails in ((25, False), (60, True)):
+        with press(lm, KeepLast(kept, kept)):
+            cache = retention.compress(lm, tokens).cache
+        assert (cache.nbytes <= limit) == (not fails)
+        with pytest.raises(StoredTooMuchError, match="a share of 0.25") if fails else contextlib.nullcontext():
+            arm.check(cache, len(tokens), 0)
 
 
 class KeepLast:
