@@ -221,7 +221,8 @@ def run_model(
                 refused |= peers.start_worker(__file__, [*argv, "--model", spec.path, "--out", str(out)])
         except PressError as error:
             refused["presses of kvpress"] = str(error)
-    print(write_report(folder, experiment))
+    if folder.read() or not refused:  # else nothing but the refusals is there to be told
+        print(write_report(folder, experiment))
     return {f"{spec.name}, {arm}": why for arm, why in refused.items()}
 
 

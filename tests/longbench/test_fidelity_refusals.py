@@ -88,6 +88,14 @@ def test_without_the_full_cache_no_window_is_compared_with_another_arm(folder: P
     assert measured(folder / "out") == dict.fromkeys(("none", "full", "snapkv"), ["long"])
 
 
+def test_where_every_arm_is_refused_the_reasons_are_told(folder: Path, monkeypatch) -> None:
+    """There is nothing to report then, and that is not the error."""
+    monkeypatch.setattr(fidelity.FidelityRun, "_continue", refuse_full(fidelity.FidelityRun._continue))
+    with pytest.raises(SystemExit, match="full: full holds nothing"):
+        run(folder, folder / "out", "--max-rows", "0", "--texts", str(folder / "texts"))
+    assert not measured(folder / "out")
+
+
 def refuse_full(real):
     def refusing(self, cell, window, shared):
         if cell.name == "full":

@@ -8,6 +8,7 @@ from tiny_models import assert_same_rows, left_padded, prompt, tiny_model
 from torch import Tensor
 
 import asymkv
+from asymkv.methods.expected_attention import ExpectedAttention
 from asymkv.methods.tova import mean_over_heads
 
 
@@ -64,3 +65,18 @@ def test_a_ratio_of_a_prompt_that_is_all_window(method):
     message = "window_size=64 is not shorter than the prompt of 50"
     with asymkv.replace("llama", model=model, method=method, **settings), pytest.raises(ValueError, match=message):
         model(prompt(50))
+
+
+def test_worked_example_of_expected_attention(monkeypatch):
+    """Queries of mean 1 and variance 4, keys 0, 1, 2 of one dimension: logits 0, 3, 10."""
+    mean, covariance = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1, 1), 4.0)
+    monkeypatch.setattr(ExpectedAttention, "_query_statistics", lambda self, view: (mean, covariance))
+    view = SimpleNamespace(
+        keys=torch.tensor([0.0, 1, 2]).view(1, 1, 3, 1), values=torch.tensor([2.0, 1, 1]).view(1, 1, 3, 1), scale=1.0,
+        positions=torch.arange(3).view(1, 1, 3), bias=lambda: torch.zeros(1, 1, 3),
+    )  # fmt: skip
+    share = torch.tensor([0.0, 3, 10]).softmax(0)
+    assert torch.allclose(ExpectedAttention(use_vnorm=False).score(view)[0, 0], share)
+    assert torch.allclose(ExpectedAttention(epsilon=0.5).score(view)[0, 0], (share + 0.5) * torch.tensor([2.0, 1, 1]))
+    flat = ExpectedAttention(use_covariance=False, use_vnorm=False).score(view)[0, 0]
+    assert torch.allclose(flat, torch.tensor([0.0, 1, 2]).softmax(0))

@@ -30,7 +30,9 @@ def test_worked_example():
     energy, vectors = spectrum(joint_gram(queries, keys))
     assert energy[0].sqrt().tolist() == pytest.approx([5.7469, 0.1507], abs=1e-4)
     assert vectors[0, :, 0].abs().tolist() == pytest.approx([0.70119, 0.71297], abs=1e-5)
+    # "Energy" is of squared singular values; of the values themselves the first has 0.97445.
     assert (energy[0, 0] / energy[0].sum()).item() == pytest.approx(0.99931, abs=1e-5)
+    assert (energy[0, 0].sqrt() / energy[0].sqrt().sum()).item() == pytest.approx(0.97445, abs=1e-5)
     short = [narrowed(x[None], vectors[:, :, :1]) for x in (queries.double(), keys.double())]
     error = short[0] @ short[1].mT - (queries @ keys.mT)[None]
     assert error.abs().max().item() == pytest.approx(0.00825, abs=1e-5)
