@@ -184,7 +184,7 @@ def press(monkeypatch) -> PressArm:
     fake = SimpleNamespace(pressing=lambda model, press, ids: press(model), moves_keys=lambda press: False)
     monkeypatch.setitem(sys.modules, "asymkv.longbench.presses", fake)
     monkeypatch.setattr("asymkv.longbench.presses", fake, raising=False)
-    monkeypatch.setattr(PressArm, "_build", lambda self, tokens: KeepLast(*[int(0.3 * tokens)] * 2))
+    monkeypatch.setattr(PressArm, "_build", lambda self, tokens, _: KeepLast(*[int(0.3 * tokens)] * 2))
     return PressArm("kvpress_Last", PressSpec("Last"), 0.3)
 
 
