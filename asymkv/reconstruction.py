@@ -22,7 +22,7 @@ from asymkv.cache import CompressedCache, Step
 from asymkv.layer import CompressedLayer
 from asymkv.models.adapter import FamilyAdapter
 from asymkv.ops import ragged_attention
-from asymkv.ops.sdpa import causal_attention
+from asymkv.ops.sdpa import causal_attention, joined
 from asymkv.replay_scores import FAINTEST, SCORE, ReplayQueries, Scorer
 
 if TYPE_CHECKING:
@@ -81,8 +81,7 @@ class Replay:
         q, k = rotate_new(cache, layer, step, rotary, q, k)
         own, own_lse = causal_attention(q, k, v, scale)
         past, past_lse = ragged_attention(q, layer, scale=scale, backend=cache.backend)
-        share = torch.sigmoid(own_lse - past_lse)[..., None]
-        out = torch.lerp(past.to(share.dtype), own.to(share.dtype), share)
+        out = joined(past, past_lse, own, own_lse)
         begin, end = (x.to(q.device).repeat_interleave(layer.kv_heads) for x in (self.begin, self.end))
         self.scorer.score(layer, ReplayQueries(q, step.counts, out, past_lse, own_lse, hidden, scale), begin, end)
         return out.to(q.dtype)

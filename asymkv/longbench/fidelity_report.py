@@ -72,6 +72,16 @@ class Results:
         table = pairs(*(self.column("row", cell, "nll", items) for cell in columns))
         return pooled_ratio(_grouped(items, table))
 
+    def on_common_rows(self) -> tuple[int, dict[CellKey, float]]:
+        """How many rows all cells have, and each cell's retention over those alone: an unfinished run compares so."""
+        cells = [cell for cell in self.cells if self.of("row", cell)]
+        items = self.common("row", (NONE, None), *cells) if cells else []
+        out = {}
+        for cell in cells if items else ():
+            columns = (self.column("row", each, "nll", items) for each in ((NONE, None), cell, self.full))
+            out[cell] = pooled_ratio(_grouped(items, retention_pairs(*columns))).value
+        return len(items), out
+
     def retention(self, cell: CellKey) -> Estimate:
         """Context retention of a cell."""
         return self._ratio(retention_pairs, cell)
@@ -267,6 +277,15 @@ def task_table(summary: Sequence[Record]) -> str:
     return _table(header, [[*_lead(row), *(_number(row.get(name)) for name in tasks)] for row in rows])
 
 
+def common_table(results: Results) -> str:
+    """Retention of every arm by ratio, over the rows that all of them have."""
+    count, found = results.on_common_rows()
+    ratios = sorted({cell[1] for cell in found if cell[1]}, reverse=True)
+    arms = dict.fromkeys(cell[0] for cell in found if cell[1])
+    body = [[arm, *(_number(found.get((arm, ratio))) for ratio in ratios)] for arm in arms]
+    return f"{count} rows.\n\n" + _table(["arm", *(f"{ratio:g}" for ratio in ratios)], body)
+
+
 def paired_table(differences: Sequence[Record]) -> str:
     """Paired differences in retention."""
     header = ("arm", "against", "ratio", "difference in R [95 %]", "rows", "bytes / reference's bytes")
@@ -328,6 +347,8 @@ def markdown(results: Results, runs: Sequence[Record]) -> str:
     parts = [f"# Fidelity: {results.experiment.name}", conditions_text(runs), definitions(summary)]
     if any(row["rows"] for row in summary):
         parts += ["## Context retention", main_table(summary), "## Retention by task", task_table(summary)]
+    if any(row["rows"] and not row["complete"] for row in summary):
+        parts += ["## Retention on the rows that all arms have", common_table(results)]
     if differences:
         parts += ["## Paired differences, same rows", paired_table(differences)]
     if any(row.get("needles") for row in summary):

@@ -59,6 +59,12 @@ def causal_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) 
     return out.reshape(batch, heads, queries, dim)[..., :size], lse.reshape(batch, heads, queries)
 
 
+def joined(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> Tensor:
+    """Attention over two sets of rows from that over each, ``[..., D]`` and ``lse [...]``; in the dtype of ``lse``."""
+    share = torch.sigmoid(second_lse - first_lse)[..., None]
+    return torch.lerp(first.to(share.dtype), second.to(share.dtype), share)
+
+
 def _one_width(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     """The tensors with zeros behind the narrower of keys and values, and the values' own size: kernels want one width.
 

@@ -381,3 +381,6 @@ def test_an_unfinished_arm_is_marked(folder):
     summary = {row["arm"]: row for row in fidelity_report.summarise(results)}
     assert not summary["merge"]["complete"]
     assert "1 (unfinished)" in fidelity_report.main_table(list(summary.values()))
+    # Over the first row alone: (4 - 3) / (4 - 2) and (4 - 2.5) / (4 - 2).
+    page = fidelity_report.markdown(results, [])
+    assert "1 rows." in page and "| window | 0.500 |" in page and "| merge | 0.750 |" in page
