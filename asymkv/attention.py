@@ -307,7 +307,7 @@ def rotate_new(
             return q, k
         _, cos, sin = step.on(q.device)
         cos, sin = cos[:, None].to(q.dtype), sin[:, None].to(q.dtype)
-        return projection.narrow(apply_rope(q, cos, sin)), projection.narrow(apply_rope(k, cos, sin))
+        return projection.narrow(apply_rope(q, cos, sin), apply_rope(k, cos, sin))
     assert rotary is not None
     batch, kv_heads, new = rotary.shape
     cos, sin = cache.rope.tables(rotary.reshape(-1, new), q.dtype, per_row=False)

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 SUFFIXES = (".txt", ".md", ".jsonl")
 # Names without an owner, of which a slash parts the configuration; with that of the public code where it gives none.
 KNOWN = {"wikitext": ("Salesforce/wikitext", None), "cnn_dailymail": ("abisee/cnn_dailymail", "3.0.0")}
@@ -33,6 +35,12 @@ def read_files(paths: Sequence[str | Path]) -> Iterator[str]:
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                 raise ValueError(f"{path}, line {number}: expected an object with \"text\"; found {line[:60]!r}")
             yield row["text"]
+
+
+def samples_of(text: str, tokenizer: Any, tokens: int, count: int) -> list[Tensor]:
+    """The first ``count`` samples of a text, token ids ``[tokens]`` each; a shorter one of a shorter text."""
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    return [sample for sample in ids.split(tokens)[:count] if len(sample) >= min(tokens, len(ids))]
 
 
 def split_name(name: str, configuration: str | None = None) -> tuple[str, str | None]:

@@ -10,6 +10,7 @@ The bases go where ``dimensions="zack"`` looks for them (``$ASYMKV_CACHE`` or th
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from tqdm import tqdm
 
 from asymkv.analysis.zack_basis import calibrate
 from asymkv.arguments import DTYPES
-from asymkv.dimensions.basis import UNFINISHED, Basis, default_folder
+from asymkv.dimensions.basis import OBJECTIVES, UNFINISHED, Basis, default_folder
 from asymkv.dimensions.ranks import choose_ranks
 from asymkv.head_scores import model_of
 from asymkv.longbench.models import load_model, load_tokenizer, parse_dtype, resolve_spec
+from asymkv.texts import samples_of
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     spec = resolve_spec(args.model, max_length=sys.maxsize, chat_template=False)
     dtype = parse_dtype(args.dtype)
     model, tokenizer = load_model(spec, dtype=dtype, device=args.device), load_tokenizer(spec)
-    ids = tokenizer(args.text_file.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
-    samples = list(ids.split(min(args.tokens, model.config.max_position_embeddings)))[: args.samples]
+    size = min(args.tokens, model.config.max_position_embeddings)
+    samples = samples_of(args.text_file.read_text(encoding="utf-8"), tokenizer, size, args.samples)
     folder = args.out or default_folder(model_of(model))
     with tqdm(total=len(samples), unit="sample", desc="zack") as bar:
         try:
@@ -59,14 +61,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def report(basis: Basis) -> None:
     """Prints the energy that each share of dimensions keeps, and the ranks of the layers."""
-    size = basis.keys.shape[-1]
+    size = basis.joint.keys.shape[-1]
     block = min(8, max(size // 16 * 2, 2))
-    for ratio in (0.75, 0.5, 0.25):
-        for name, energy in (("keys", basis.key_energy), ("values", basis.value_energy)):
+    for objective, ratio in itertools.product(OBJECTIVES, (0.75, 0.5, 0.25)):
+        found = basis.of(objective)
+        for name, energy in (("keys", found.key_energy), ("values", found.value_energy)):
             ranks = choose_ranks(energy, ratio, "layer", multiple=block, least=block)
             inside = torch.arange(size) < ranks[..., None]
             share = ((energy * inside).sum(-1) / energy.sum(-1)).mean()
-            print(f"{ratio:.0%} of {size} dimensions of {name}: {share:.4f} of the energy, "
+            print(f"{objective}: {ratio:.0%} of {size} dimensions of {name}: {share:.4f} of the energy, "
                   f"ranks of the layers {' '.join(str(r) for r in ranks[:, 0].tolist())}")
 
 

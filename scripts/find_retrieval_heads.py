@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -32,6 +31,7 @@ from asymkv.budgets.scored import Retrieval
 from asymkv.head_scores import HeadScores, write_pattern
 from asymkv.layer_stages import KIND as STAGES
 from asymkv.longbench.models import load_model, load_tokenizer, parse_dtype, resolve_spec
+from asymkv.texts import samples_of
 
 TEXT_KINDS = ("entropy", "kvzip", STAGES)
 
@@ -89,15 +89,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def samples_of(args: argparse.Namespace, tokenizer: Any) -> list[Tensor]:
-    """Token ids of the text's first samples, all of one length."""
-    ids = tokenizer(args.text_file.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
-    return [s for s in ids.split(args.tokens)[: args.samples] if len(s) >= min(args.tokens, len(ids))]
-
-
 def save_stages(args: argparse.Namespace, model: PreTrainedModel, tokenizer: Any) -> int:
     """Measures the layers' stages, writes the file and says where they begin."""
-    samples = samples_of(args, tokenizer)
+    samples = samples_of(args.text_file.read_text(encoding="utf-8"), tokenizer, args.tokens, args.samples)
     with tqdm(total=len(samples) * model.config.num_hidden_layers, unit="layer", desc=STAGES) as bar:
         found = measure_stages(model, samples, threshold=args.threshold, progress=lambda _: bar.update())
     print(f"{STAGES}: {found.save(None if args.out is None else args.out / f'{STAGES}.json')}")
@@ -108,7 +102,7 @@ def save_stages(args: argparse.Namespace, model: PreTrainedModel, tokenizer: Any
 
 def scores_of_text(args: argparse.Namespace, model: PreTrainedModel, tokenizer: Any) -> HeadScores:
     """Scores that are measured on samples of a text."""
-    samples = samples_of(args, tokenizer)
+    samples = samples_of(args.text_file.read_text(encoding="utf-8"), tokenizer, args.tokens, args.samples)
     if args.kind == "kvzip":
         return kvzip_scores(model, tokenizer, tqdm(samples, unit="sample", desc="kvzip"))
     with tqdm(total=len(samples) * model.config.num_hidden_layers, unit="layer", desc="entropy") as bar:

@@ -37,6 +37,6 @@ def _calibrated() -> str:
 BASES = _calibrated()
 
 
-def zack(ratio: float = 0.5, **settings) -> dict:
+def zack(ratio: float | None = 0.5, **settings) -> dict:
     """``dimensions`` for a tiny model (heads of 16), in blocks of 4."""
     return {"kind": "zack", "ratio": ratio, "basis": BASES, "multiple": 4, "least": 4, **settings}

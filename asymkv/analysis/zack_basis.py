@@ -1,4 +1,4 @@
-"""Calibration of ZACK's bases (arXiv 2408.04107): leading directions of queries and keys, and of values and W_O.
+"""Calibration of ZACK's bases (arXiv 2408.04107): directions of queries and keys, and of values and W_O.
 
 Only Gram matrices are kept, in fp64: no token is stored, and samples may be as many as one likes.
 """
@@ -18,14 +18,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from asymkv.analysis.watch import kv_heads, watch_inputs
-from asymkv.dimensions.basis import UNFINISHED, Basis
+from asymkv.dimensions.basis import UNFINISHED, Basis, Directions
 from asymkv.files import replace_file, sha256
 from asymkv.head_scores import check_model, model_of
 from asymkv.models import get_adapter
 from asymkv.rope import Rope, apply_rope
 
-FORMAT = "asymkv-zack-sums-2"
+FORMAT = "asymkv-zack-sums-3"
 CONTENT = "content"  # entry of the file's header: whose sums they are, with their checksum
+# Gram matrices that are summed up, each [L, H_kv, D, D]: queries and keys together; queries; keys, each times the
+# attention that it receives; values; outputs of attention.
+GRAMS = ("joint", "queries", "attended", "values", "outputs")
+QUERIES = 512  # at a time, of which attention is computed
 SAVE_SECONDS = 60.0  # of work at most that a kill loses; an interruption loses none
 
 
@@ -38,8 +42,10 @@ def calibrate(
 ) -> Basis:
     """Bases of every KV head, from what the model's layers compute on samples of text.
 
-    Queries and keys: of the rows of all query heads of a group, after RoPE, and of the keys, once for every query
-    head. Values: of the values and the group's slices of the output projection. Nothing is centred.
+    Joint ones: of the rows of all query heads of a group, after RoPE, and of the keys, once for every query head; of
+    the values and the group's slices of the output projection. Attention's: of those queries, and the keys by the
+    attention that they receive; of attention's outputs, and the output projection. Nothing is centred: the rows that
+    attention rests on (sinks) lie far from the mean, and would cost most of the dimensions.
 
     Args:
         model: a causal LM of a known family.
@@ -73,32 +79,27 @@ class Sums:
     """Gram matrices of a calibration on its way.
 
     Args:
-        keys: ``[L, H_kv, D, D]`` fp64, of queries and keys.
-        values: ``[L, H_kv, D, D]`` fp64.
+        grams: by ``GRAMS``, ``[L, H_kv, D, D]`` fp64 each.
         model: what they are of, from :func:`asymkv.head_scores.model_of`.
         settings: and what it reads.
         samples: how many are in.
     """
 
     def __init__(
-        self, keys: Tensor, values: Tensor, model: dict[str, Any], settings: dict[str, Any], samples: int = 0
+        self, grams: dict[str, Tensor], model: dict[str, Any], settings: dict[str, Any], samples: int = 0
     ) -> None:
-        # One attribute: an interruption must not find keys of more samples than values, or than are counted.
-        self.total = (keys, values, samples)
+        # One attribute: an interruption must not find some sums of more samples than others, or than are counted.
+        self.total = (grams, samples)
         self.model = model
         self.settings = settings
 
     @property
-    def keys(self) -> Tensor:
+    def grams(self) -> dict[str, Tensor]:
         return self.total[0]
 
     @property
-    def values(self) -> Tensor:
-        return self.total[1]
-
-    @property
     def samples(self) -> int:
-        return self.total[2]
+        return self.total[1]
 
     @classmethod
     def resume(cls, model: PreTrainedModel, samples: Sequence[Tensor], folder: str | Path | None) -> Sums:
@@ -109,19 +110,18 @@ class Sums:
             heads = model.config.num_attention_heads
             size = getattr(model.config, "head_dim", None) or model.config.hidden_size // heads
             shape = (model.config.num_hidden_layers, kv_heads(model), size, size)
-            empty = torch.zeros(shape, dtype=torch.double)
-            return cls(empty, empty.clone(), model_of(model), settings)
+            empty = {name: torch.zeros(shape, dtype=torch.double) for name in GRAMS}
+            return cls(empty, model_of(model), settings)
         path = Path(folder) / UNFINISHED
         content, tensors = _read(path, model)
         if content["settings"] != settings:
             raise ValueError(f"{path} is of other samples or another dtype, {content['samples']} of them done; finish "
                              "that calibration, remove the file, or choose another folder")
-        return cls(**tensors, model=content["model"], settings=settings, samples=content["samples"])
+        return cls(tensors, content["model"], settings, content["samples"])
 
     def save(self, folder: str | Path) -> None:
         """Writes the sums, one file of them and what they are; finished ones are removed by the caller."""
-        keys, values, samples = self.total
-        tensors = {"keys": keys, "values": values}
+        tensors, samples = self.total
         content = {"format": FORMAT, "model": self.model, "settings": self.settings, "samples": samples}
         header = {CONTENT: json.dumps({**content, "sha256": _digest(content, tensors)})}
         replace_file(Path(folder) / UNFINISHED, lambda path: save_file(tensors, path, metadata=header))
@@ -130,23 +130,27 @@ class Sums:
         """Reads one sample; all of it counts, or nothing."""
         adapter = get_adapter(model.config.model_type)
         cos, sin = Rope(adapter.rotary(model)).tables(torch.arange(len(ids), device=model.device)[None], model.dtype)
-        keys, values = torch.zeros_like(self.keys), torch.zeros_like(self.values)
+        own = {name: torch.zeros_like(gram) for name, gram in self.grams.items()}
 
         def look(module: Any, hidden: Tensor) -> None:
             q, k, v = adapter.project(module, hidden)
             tables = cos[:, None].to(q.device), sin[:, None].to(q.device)
-            keys[module.layer_idx] = joint_gram(apply_rope(q, *tables)[0], apply_rope(k, *tables)[0]).cpu()
-            values[module.layer_idx] = gram(v[0]).cpu()
+            found = grams_of(apply_rope(q, *tables)[0], apply_rope(k, *tables)[0], v[0], adapter.scale(module))
+            for name, gram in found.items():
+                own[name][module.layer_idx] = gram.cpu()
 
         watch_inputs(model, ids, look)
-        if not bool(keys.isfinite().all() and values.isfinite().all()):
+        if not all(bool(gram.isfinite().all()) for gram in own.values()):
             raise ValueError(f"queries, keys or values of sample {self.samples} are not finite; nothing of it counts")
-        self.total = (self.keys + keys, self.values + values, self.samples + 1)
+        self.total = {name: gram + own[name] for name, gram in self.grams.items()}, self.samples + 1
 
     def basis(self, model: PreTrainedModel, samples: Sequence[Tensor]) -> Basis:
         """The bases, the output projections added."""
         measured = {"samples": len(samples), "tokens": sum(len(s) for s in samples), **self.settings}
-        return Basis.of_grams(self.keys, self.values + output_grams(model), self.model, measured)
+        grams, projection = self.grams, output_grams(model)
+        joint = Directions.joint(grams["joint"], grams["values"] + projection)
+        attention = Directions.attention(grams["queries"], grams["attended"], projection, grams["outputs"])
+        return Basis(joint, attention, self.model, measured)
 
 
 def _read(path: Path, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -188,6 +192,31 @@ def joint_gram(queries: Tensor, keys: Tensor) -> Tensor:
     """Of ``queries [H, S, D]`` and ``keys [H_kv, S, D]``, the latter once for every query head: ``[H_kv, D, D]``."""
     group = len(queries) // len(keys)
     return gram(queries.reshape(len(keys), -1, queries.shape[-1])) + group * gram(keys)
+
+
+def grams_of(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> dict[str, Tensor]:
+    """The ``GRAMS`` of one sample in one layer, ``[H_kv, D, D]`` fp64 each.
+
+    Args:
+        queries: ``[H, S, D]`` after RoPE, keys ``[H_kv, S, D]`` likewise, values ``[H_kv, S, D]``.
+        scale: factor of the logits.
+    """
+    grouped = queries.reshape(len(keys), -1, *queries.shape[1:])  # [H_kv, G, S, D]
+    query, key, value = scale * grouped.float(), keys.float()[:, None], values.float()[:, None]
+    received, outputs = torch.zeros_like(key[..., 0]), torch.zeros_like(gram(keys))
+    for first in range(0, keys.shape[1], QUERIES):
+        last = min(first + QUERIES, keys.shape[1])
+        logits = query[:, :, first:last] @ key[:, :, :last].mT
+        later = torch.ones(last - first, last - first, dtype=torch.bool, device=keys.device).triu(1)
+        logits[..., first:].masked_fill_(later, -torch.inf)
+        weights = logits.softmax(-1)
+        received[..., :last] += weights.sum((1, 2))[:, None]
+        outputs += gram((weights @ value[:, :, :last]).flatten(1, 2))
+    attended = keys.double() * received.double().sqrt().mT
+    return {
+        "joint": joint_gram(queries, keys), "queries": gram(grouped.flatten(1, 2)),
+        "attended": gram(attended), "values": gram(values), "outputs": outputs,
+    }  # fmt: skip
 
 
 def output_grams(model: PreTrainedModel) -> Tensor:

@@ -48,27 +48,31 @@ class Folded:
 
 @dataclass(frozen=True)
 class Projection:
-    """Bases of one layer's heads, cut to the stored size.
+    """What one layer's rows are multiplied with, cut to the stored size.
 
-    Dot products ``q'.k'`` of projected queries and keys stand for ``q.k`` (with the factor of the full size), and the
-    output over projected values is an output in the span of the values' basis, ``out' R^T``.
+    Dot products ``q'.k'`` of projected queries and keys stand for ``q.k`` (with the factor of the full size), and
+    ``out' outputs^T`` for attention's output, with ``out'`` over projected values.
 
     Args:
-        keys: ``[H_kv, D, r]`` of queries and keys after RoPE; None = as they are.
+        keys: ``[H_kv, D, r]``, for keys after RoPE; None = as they are.
         values: ``[H_kv, D, r]``; None = as they are.
-        folded: weights that have (some of) these bases in them; None = rotated at run time.
+        queries: ``[H_kv, D, r]``, for queries after RoPE; given with ``keys``.
+        outputs: ``[H_kv, D, r]``; given with ``values``.
+        folded: weights that have (some of) these in them; None = multiplied at run time.
     """
 
     keys: Tensor | None = None
     values: Tensor | None = None
+    queries: Tensor | None = None
+    outputs: Tensor | None = None
     folded: Folded | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the bases, or of the weights that they were folded into."""
-        bases = [x for x in (self.keys, self.values) if x is not None]
+        """Bytes of these tensors, each once, and of the weights that they were folded into."""
+        bases = {x.data_ptr(): x for x in (self.keys, self.values, self.queries, self.outputs) if x is not None}
         linears = [] if self.folded is None else [x for x in vars(self.folded).values() if x is not None]
-        return sum(x.untyped_storage().nbytes() for x in bases) + sum(x.nbytes for x in linears)
+        return sum(x.untyped_storage().nbytes() for x in bases.values()) + sum(x.nbytes for x in linears)
 
     def widths(self, head_dim: int) -> tuple[int, int]:
         """Stored sizes of keys and of values of heads of the given size."""
@@ -99,21 +103,21 @@ class Projection:
         q, k = self.folded.query(hidden), self.folded.key(hidden)
         return _heads(q, q.shape[-1] // width), _heads(k, kv_heads), v
 
-    def narrow(self, rotated: Tensor) -> Tensor:
-        """Rotated queries or keys ``[B, H or H_kv, t, D]`` in stored coordinates, ``[B, H or H_kv, t, r]``."""
-        return narrowed(rotated, self.keys) if self.turns else rotated
+    def narrow(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated queries ``[B, H, t, D]`` and keys ``[B, H_kv, t, D]`` in stored coordinates, with r for D."""
+        return (narrowed(query, self.queries), narrowed(key, self.keys)) if self.turns else (query, key)
 
     def output(self, adapter: FamilyAdapter, module: Any, out: Tensor) -> Tensor:
         """Attention's output over stored values ``[B, H, t, r]`` to hidden states ``[B, t, hidden_size]``."""
         if self.folded is not None:
             return self.folded.output(out.transpose(1, 2).flatten(2))
-        if self.values is not None:
-            out = narrowed(out, self.values.transpose(1, 2))
+        if self.outputs is not None:
+            out = narrowed(out, self.outputs.transpose(1, 2))
         return adapter.output(module, out.transpose(1, 2).flatten(2))
 
     def output_weight(self, weight: Tensor) -> Tensor:
         """The output projection ``[hidden, H * D]`` for stored values, ``[hidden, H * r]``."""
-        return weight if self.values is None else fold_output(weight, self.values)
+        return weight if self.outputs is None else fold_output(weight, self.outputs)
 
 
 def narrowed(x: Tensor, basis: Tensor | None) -> Tensor:

@@ -1,15 +1,63 @@
-"""How many dimensions each head keeps: by energy under a budget for the whole model, or the same everywhere."""
+"""How many dimensions each head keeps: by energy under a budget for the whole model, the same everywhere, or given."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from asymkv.checks import check_choice, check_integer
+
 # "layer": one number per layer; "energy": per head; "uniform": the same everywhere.
 POLICIES = ("layer", "energy", "uniform")
+PARTS = ("keys", "values")
+
+
+def check_ranks(ranks: Any) -> None:
+    """Whether a setting names a policy, or gives ranks.
+
+    Raises:
+        ValueError: if it does neither; says what is allowed.
+    """
+    parts = ranks if isinstance(ranks, Mapping) else {"both": ranks}
+    if isinstance(ranks, Mapping) and set(ranks) != set(PARTS):
+        raise ValueError(f"ranks of dimensions='zack' by part must name {' and '.join(PARTS)}; found {sorted(ranks)}")
+    if isinstance(ranks, str):
+        return check_choice("ranks of dimensions='zack'", ranks, POLICIES)
+    for given in parts.values():
+        for layer in given if _listed(given) else [given]:
+            for rank in layer if _listed(layer) else [layer]:
+                check_integer("a rank of dimensions='zack'", rank, 1)
+
+
+def given_ranks(ranks: Any, part: str, shape: Sequence[int]) -> Tensor:
+    """Ranks of ``part`` that :func:`check_ranks` accepted, ``[L, H_kv]`` int64 for energies of shape ``[L, H_kv, D]``.
+
+    Raises:
+        ValueError: for other numbers of layers or heads than the model's, or a rank above D.
+    """
+    layers, heads, size = shape
+    given = ranks[part] if isinstance(ranks, Mapping) else ranks
+    by_layer = list(given) if _listed(given) else [given] * layers
+    if len(by_layer) != layers:
+        raise ValueError(f"ranks of dimensions='zack' for {part} are of {len(by_layer)} layers; the model has {layers}")
+    by_head = [list(own) if _listed(own) else [own] * heads for own in by_layer]
+    for layer, own in enumerate(by_head):
+        if len(own) != heads:
+            raise ValueError(f"ranks of dimensions='zack' for {part} of layer {layer} are of {len(own)} heads; the "
+                             f"model has {heads} KV heads")
+        if max(own) > size:
+            raise ValueError(f"ranks of dimensions='zack' for {part} of layer {layer}: {max(own)} is above the head "
+                             f"size {size}; allowed: 1 to {size}")
+    return torch.tensor(by_head)
+
+
+def _listed(x: Any) -> bool:
+    return isinstance(x, Sequence) and not isinstance(x, str)
 
 
 def choose_ranks(energy: Tensor, ratio: float, policy: str, *, multiple: int = 8, least: int = 8) -> Tensor:

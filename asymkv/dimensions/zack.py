@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from asymkv.checks import check_choice, check_flag, check_integer, check_number
-from asymkv.dimensions.basis import Basis, load
+from asymkv.dimensions.basis import OBJECTIVES, Basis, load
 from asymkv.dimensions.projection import Folded, Linear, Projection, fold_input, fold_output
-from asymkv.dimensions.ranks import POLICIES, choose_ranks
+from asymkv.dimensions.ranks import check_ranks, choose_ranks, given_ranks
 from asymkv.models import get_adapter
 
 if TYPE_CHECKING:
@@ -30,11 +30,16 @@ class Zack:
 
     Args:
         ratio: share of dimensions kept, of keys and of values; None = 0.5, or the configuration's ``ratio`` where the
-            method keeps every row.
+            method keeps every row; not with given ranks.
         ranks: "layer" (by energy, one rank for all heads of a layer: every stored number counts), "energy" (by energy
-            per head, as published; heads are stored as wide as the widest of their layer, zeros behind) or "uniform".
-        multiple: ranks are multiples of it, even.
-        least: dimensions that every head keeps.
+            per head, as published; heads are stored as wide as the widest of their layer, zeros behind), "uniform", or
+            the ranks themselves: one integer, one for each layer, a list of one for each head of each layer, or
+            ``{"keys": ..., "values": ...}`` of these.
+        objective: what directions were chosen for: "joint" (one orthogonal basis holds most of queries and keys, one of
+            values and output projection: as published) or "attention" (least error of the logits that attention gives
+            weight to, and of its output: less is lost at the same ranks).
+        multiple: ranks are multiples of it, even; given ranks may be any, and are stored with one zero if odd.
+        least: dimensions that every head keeps, where ranks are not given.
         basis: folder that ``scripts/calibrate_zack.py`` wrote, or one of such folders by model; None = the user's
             cache folder.
         keys: False: keys stay as they are, before and after RoPE.
@@ -44,7 +49,8 @@ class Zack:
     """
 
     ratio: float | None = None
-    ranks: str = "layer"
+    ranks: str | int | Sequence[Any] | Mapping[str, Any] = "layer"
+    objective: str = "joint"
     multiple: int = 8
     least: int = 8
     basis: str | None = None
@@ -57,7 +63,11 @@ class Zack:
             check_number("ratio of dimensions='zack'", self.ratio, 0, 1)
             if self.ratio == 0:
                 raise ValueError("ratio of dimensions='zack' must be above 0; found 0")
-        check_choice("ranks of dimensions='zack'", self.ranks, POLICIES)
+        check_ranks(self.ranks)
+        if not isinstance(self.ranks, str) and self.ratio is not None:
+            raise ValueError(f"dimensions='zack' takes ratio or given ranks; found ratio={self.ratio}, "
+                             f"ranks={self.ranks!r}")
+        check_choice("objective of dimensions='zack'", self.objective, OBJECTIVES)
         check_integer("multiple of dimensions='zack'", self.multiple, 2)
         if self.multiple % 2:
             raise ValueError(f"multiple of dimensions='zack' must be even; found {self.multiple}")
@@ -84,7 +94,7 @@ class Zack:
             raise ValueError(f"method {config.method!r} works on queries and keys before RoPE, which projected keys do "
                              "not have; use another method with dimensions='zack', or set keys: false")
         config.options.check_dimensions(keys=self.keys, values=self.values)
-        if self.ratio is not None:
+        if self.ratio is not None or not isinstance(self.ranks, str):
             return self
         whole = config.ratio is not None and not config.options.compresses
         return dataclasses.replace(self, ratio=config.ratio if whole else DEFAULT_RATIO)
@@ -97,9 +107,7 @@ class Zack:
                 folded.
         """
         basis = load(self.basis, model)
-        key_ranks, value_ranks = self.ranks_of(basis)
-        keys = cut(basis.keys, key_ranks) if self.keys else [None] * len(basis.keys)
-        values = cut(basis.values, value_ranks) if self.values else [None] * len(basis.values)
+        layers = self._layers(basis)
         adapter = get_adapter(model.config.model_type)
         found: Any = (m for m in model.modules() if isinstance(m, adapter.attention_class()))
         modules = {module.layer_idx: module for module in found}
@@ -110,43 +118,69 @@ class Zack:
                              "False")
         # Normal tensors even under inference_mode: a later turn outside it may need gradients through them.
         with torch.inference_mode(False), torch.no_grad():
-            layers = enumerate(zip(keys, values, strict=True))
-            return [self._projection(adapter, modules[i], k, v, model.dtype) for i, (k, v) in layers], basis.sha256
+            return [self._placed(adapter, modules[i], cuts, model.dtype) for i, cuts in enumerate(layers)], basis.sha256
 
-    def _projection(
-        self, adapter: Any, module: Any, keys: Tensor | None, values: Tensor | None, dtype: torch.dtype
-    ) -> Projection:
+    def _layers(self, basis: Basis) -> list[Projection]:
+        """Each layer's directions, cut to its ranks, as they were saved."""
+        found = basis.of(self.objective)
+        key_ranks, value_ranks = self.ranks_of(basis)
+        nothing: Sequence[Tensor | None] = [None] * len(key_ranks)
+        keys = cut(found.keys, key_ranks) if self.keys else nothing
+        queries = cut(found.queries, key_ranks) if self.keys and found.queries is not found.keys else keys
+        values = cut(found.values, value_ranks) if self.values else nothing
+        outputs = cut(found.outputs, value_ranks) if self.values and found.outputs is not found.values else values
+        return list(map(Projection, keys, values, queries, outputs))
+
+    def _placed(self, adapter: Any, module: Any, cuts: Projection, dtype: torch.dtype) -> Projection:
+        """A layer's directions where and as it computes; twins stay one tensor."""
         device = adapter.output_weight(module).device
         # Offloaded weights do not say where a layer computes.
         device = torch.device("cpu") if device.type == "meta" else device
-        k, v = (None if x is None else x.to(device, dtype, copy=True) for x in (keys, values))
-        return Projection(k, v, self._fold(adapter, module, keys, values) if self.fold else None)
+
+        def place(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, dtype, copy=True)
+
+        keys, values = place(cuts.keys), place(cuts.values)
+        queries = keys if cuts.queries is cuts.keys else place(cuts.queries)
+        outputs = values if cuts.outputs is cuts.values else place(cuts.outputs)
+        folded = self._fold(adapter, module, cuts) if self.fold else None
+        return Projection(keys, values, queries, outputs, folded)
 
     def ranks_of(self, basis: Basis) -> tuple[Tensor, Tensor]:
-        """Ranks ``[L, H_kv]`` of keys and of values."""
-        ratio = DEFAULT_RATIO if self.ratio is None else self.ratio
-        how = {"multiple": self.multiple, "least": self.least}
-        key, value = (choose_ranks(e, ratio, self.ranks, **how) for e in (basis.key_energy, basis.value_energy))
-        return key, value
+        """Ranks ``[L, H_kv]`` of keys and of values.
 
-    def _fold(self, adapter: Any, module: Any, keys: Tensor | None, values: Tensor | None) -> Folded:
-        assert values is not None
+        Raises:
+            ValueError: for given ranks of other layers or heads, or above the head size.
+        """
+        found = basis.of(self.objective)
+        energies = {"keys": found.key_energy, "values": found.value_energy}
+        if isinstance(self.ranks, str):
+            ratio = DEFAULT_RATIO if self.ratio is None else self.ratio
+            how = {"multiple": self.multiple, "least": self.least}
+            ranks = [choose_ranks(energy, ratio, self.ranks, **how) for energy in energies.values()]
+        else:
+            ranks = [given_ranks(self.ranks, part, energy.shape) for part, energy in energies.items()]
+        return ranks[0], ranks[1]
+
+    def _fold(self, adapter: Any, module: Any, cuts: Projection) -> Folded:
+        assert cuts.values is not None and cuts.outputs is not None
         weights = adapter.weights(module)
         (output, bias), (value, value_bias) = weights["output"], weights["value"]
-        folded = Folded(fold_input(value, value_bias, values), Linear(fold_output(output, values), bias))
+        folded = Folded(fold_input(value, value_bias, cuts.values), Linear(fold_output(output, cuts.outputs), bias))
         if self.fold != "all":
             return folded
-        assert keys is not None
-        query, key = (fold_input(w, b, keys) for w, b in (weights["query"], weights["key"]))
-        return dataclasses.replace(folded, query=query, key=key)
+        assert cuts.keys is not None and cuts.queries is not None
+        (query, query_bias), (key, key_bias) = weights["query"], weights["key"]
+        query_map, key_map = fold_input(query, query_bias, cuts.queries), fold_input(key, key_bias, cuts.keys)
+        return dataclasses.replace(folded, query=query_map, key=key_map)
 
 
 def cut(vectors: Tensor, ranks: Tensor) -> Sequence[Tensor]:
-    """Per layer, the leading columns of ``vectors [L, H_kv, D, D]`` as many as its largest rank, zeros beyond a
-    head's own ``ranks [L, H_kv]``: ``[H_kv, D, r]``."""
+    """Per layer, ``[H_kv, D, r]``: the leading columns of ``vectors [L, H_kv, D, D]``, zeros beyond a head's own
+    ``ranks [L, H_kv]``; r is the largest of a layer, or one more: even, as half types are read in pairs."""
     out = []
     for basis, own in zip(vectors, ranks, strict=True):
-        width = int(own.max())
+        width = int(own.max()) + int(own.max()) % 2
         kept = torch.arange(width) < own[:, None, None]
         out.append(torch.where(kept, basis[..., :width], 0))
     return out

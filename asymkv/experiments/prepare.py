@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -17,6 +16,7 @@ from asymkv.analysis.zack_basis import calibrate
 from asymkv.budgets.scored import ScoredHeads
 from asymkv.config import CompressionConfig
 from asymkv.dimensions.basis import MANIFEST, UNFINISHED, default_folder
+from asymkv.texts import samples_of
 
 SAMPLES, TOKENS = 8, 2048  # of the text, each
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ def prepare(
         What was made: "induction", "entropy", "zack".
     """
     configs, bound = list(configs), head_scores.model_of(model)
+    size = min(TOKENS, model.config.max_position_embeddings)
     wanted = {_first_kind(config) for config in configs}
     made = []
     if "induction" in wanted and not head_scores.default_path(bound, "induction").is_file():
@@ -49,14 +50,14 @@ def prepare(
                 scores.save()
         made.append("induction")
     if "entropy" in wanted and not head_scores.default_path(bound, "entropy").is_file():
-        samples = _samples(model, tokenizer, text())
+        samples = samples_of(text(), tokenizer, size, SAMPLES)
         with tqdm(total=len(samples) * model.config.num_hidden_layers, unit="layer", desc="entropy") as bar:
             entropy_scores(model, samples, progress=lambda _: bar.update()).save()
         made.append("entropy")
     rows = [config.row_dimensions for config in configs if config.row_dimensions is not None]
     folder = default_folder(bound)
     if any(each.basis is None for each in rows) and not (folder / MANIFEST).is_file():
-        samples = _samples(model, tokenizer, text())
+        samples = samples_of(text(), tokenizer, size, SAMPLES)
         with tqdm(total=len(samples), unit="sample", desc="zack") as bar:
             calibrate(model, samples, folder=folder, progress=lambda done: bar.update(done - bar.n)).save(folder)
         (folder / UNFINISHED).unlink(missing_ok=True)
@@ -68,10 +69,3 @@ def _first_kind(config: CompressionConfig) -> str | None:
     """The head scores that a setting cannot do without and takes from the user's cache folder."""
     split = config.head_split
     return split.kinds[0] if isinstance(split, ScoredHeads) and split.file is None else None
-
-
-def _samples(model: PreTrainedModel, tokenizer: Any, text: str) -> list[Tensor]:
-    """Token ids of the text's first samples, all of one length."""
-    size = min(TOKENS, model.config.max_position_embeddings)
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    return [sample for sample in ids.split(size)[:SAMPLES] if len(sample) >= min(size, len(ids))]

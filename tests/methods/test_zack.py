@@ -66,14 +66,15 @@ def gpt2_model():
     return tiny_model("gpt2")
 
 
+@pytest.mark.parametrize("objective", ["joint", "attention"])
 @pytest.mark.parametrize(("make", "fold"), [(tiny_model, True), (still_model, True), (still_model, "all"),
                                               (gpt2_model, True), (gpt2_model, "all")])  # fmt: skip
-def test_folded_weights_do_what_rotation_does(make, fold):
+def test_folded_weights_do_what_rotation_does(make, fold, objective):
     """Prefill, decode and stored rows; biases included, ranks of their own per head."""
     model, ids = make(), prompt(60)
     found = {}
     for how in (False, fold):
-        rows = zack(0.5, ranks="energy", multiple=2, least=2, fold=how)
+        rows = zack(0.5, ranks="energy", multiple=2, least=2, fold=how, objective=objective)
         family = model.config.model_type
         with asymkv.replace(family, model=model, method="h2o", budget=40, window_size=8, dimensions=rows):
             out = model(ids[:, :50])
@@ -120,8 +121,8 @@ def test_bytes_fall_with_the_dimensions(ratio):
 
 def test_heads_of_other_ranks_are_padded_to_the_widest(tmp_path):
     basis = load(BASES, tiny_model())
-    peaks = basis.key_energy * torch.tensor([[1, 0.1], [0.5, 1]]).unsqueeze(-1) ** torch.arange(SIZE)
-    dataclasses.replace(basis, key_energy=peaks).save(tmp_path)
+    peaks = basis.joint.key_energy * torch.tensor([[1, 0.1], [0.5, 1]]).unsqueeze(-1) ** torch.arange(SIZE)
+    dataclasses.replace(basis, joint=dataclasses.replace(basis.joint, key_energy=peaks)).save(tmp_path)
     rows = zack(0.5, ranks="energy", multiple=2, least=2, basis=str(tmp_path))
     _, cache = filled(dimensions=rows)
     key_ranks, _ = CompressionConfig("zack", dimensions=rows).row_dimensions.ranks_of(load(tmp_path, tiny_model()))
@@ -169,12 +170,14 @@ def test_backends_agree_where_keys_and_values_differ_in_size(backend):
 
 
 # -- composition -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", ["h2o", "snapkv", "asymkv", "kvmerger", "razor", "adakv"])
-def test_methods_compose(method):
+@pytest.mark.parametrize("objective", ["joint", "attention"])
+@pytest.mark.parametrize("method", ["h2o", "snapkv", "asymkv", "kvmerger", "razor", "adakv", "criticalkv"])
+def test_methods_compose(method, objective):
     """Fewer rows of fewer dimensions, through prompt, decode and a second turn."""
     scores = {"head_scores": [[0.1, 0.2], [0.9, 0.3]]} if method == "razor" else {}
     model, ids = tiny_model(), prompt(200)
-    with asymkv.replace("llama", model=model, method=method, budget=64, window_size=8, dimensions=zack(), **scores):
+    settings = {"budget": 64, "window_size": 8, "dimensions": zack(objective=objective), **scores}
+    with asymkv.replace("llama", model=model, method=method, **settings):
         out = model(ids[:, :150])
         cache = out.past_key_values
         assert sum(int(cache.num_rows(layer).sum()) for layer in range(LAYERS)) == 64 * LAYERS * HEADS
@@ -274,6 +277,8 @@ def test_questions_on_a_compressed_context():
     ({"dimensions": {"kind": "zack", "ratio": 0}}, "must be above 0; found 0"),
     ({"dimensions": {"kind": "zack", "ratio": 1.5}}, "must be a number from 0 to 1; found 1.5"),
     ({"dimensions": {"kind": "zack", "ranks": "best"}}, "ranks.*'best'; allowed: .*uniform"),
+    ({"dimensions": {"kind": "zack", "objective": "kq"}}, "objective.*'kq'; allowed: .*attention"),
+    ({"dimensions": {"kind": "zack", "ratio": 0.5, "ranks": 8}}, "ratio or given ranks; found ratio=0.5, ranks=8"),
     ({"dimensions": {"kind": "zack", "multiple": 3}}, "multiple.*must be even; found 3"),
     ({"dimensions": {"kind": "zack", "least": 0}}, "least.*>= 1; found 0"),
     ({"dimensions": {"kind": "zack", "fold": "keys"}}, "fold.*'keys'; allowed: .*'all'"),

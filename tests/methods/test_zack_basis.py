@@ -7,9 +7,10 @@ from tiny_models import assert_close, prompt, tiny_model
 from zack_bases import BASES, zack
 
 import asymkv
+from asymkv import CompressedCache
 from asymkv.analysis import zack_basis
-from asymkv.analysis.zack_basis import calibrate, gram, joint_gram
-from asymkv.dimensions.basis import MANIFEST, TENSORS, UNFINISHED, Basis, load, spectrum
+from asymkv.analysis.zack_basis import calibrate, gram, grams_of, joint_gram
+from asymkv.dimensions.basis import MANIFEST, OBJECTIVES, TENSORS, UNFINISHED, Basis, factors, load, spectrum
 from asymkv.dimensions.projection import narrowed
 from asymkv.dimensions.ranks import choose_ranks
 
@@ -50,7 +51,8 @@ def test_grams_do_not_leave_the_range_of_half_types():
 
 
 def test_basis_is_orthonormal_and_orders_energy():
-    basis = load(BASES, tiny_model())
+    basis = load(BASES, tiny_model()).joint
+    assert basis.queries is basis.keys and basis.outputs is basis.values
     for vectors, energy in ((basis.keys, basis.key_energy), (basis.values, basis.value_energy)):
         assert vectors.shape == (LAYERS, HEADS, SIZE, SIZE)
         assert_close("identity", torch.eye(SIZE).expand_as(vectors), vectors.mT @ vectors, 1e-5)
@@ -64,11 +66,92 @@ def test_values_share_their_basis_with_the_output_projection():
         for layer in model.model.layers:
             layer.self_attn.v_proj.weight.zero_()
             layer.self_attn.v_proj.bias.zero_()
-    basis = calibrate(model, [ids])
+    basis = calibrate(model, [ids]).joint
     weight = model.model.layers[1].self_attn.o_proj.weight.double()
     for head in range(HEADS):
         columns = weight[:, head * 2 * SIZE : (head + 1) * 2 * SIZE].unflatten(1, (2, SIZE)).flatten(0, 1)
         assert_close("energy", torch.linalg.svdvals(columns).square(), basis.value_energy[1, head], 1e-9)
+
+
+# -- bases of what attention makes of them -----------------------------------------------------------------------------
+def cut_product(left, right, a, b, rank):
+    return (left @ a[:, :rank]) @ (right @ b[:, :rank]).mT
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_factors_are_the_best_for_products(rank):
+    """Of rank r nothing is nearer to ``X Y^T`` than its truncated SVD, and these reach it (Eckart-Young)."""
+    torch.manual_seed(0)
+    left, right = torch.randn(40, 6).double() @ torch.randn(6, 6).double(), torch.randn(50, 6).double()
+    a, b, energy = factors(gram(left), gram(right))
+    singular = torch.linalg.svdvals(left @ right.mT)[:6]
+    assert_close("energy", singular.square(), energy, 1e-9)
+    assert_close("identity", torch.eye(6, dtype=torch.double), a @ b.mT, 1e-9)
+    error = (left @ right.mT - cut_product(left, right, a, b, rank)).square().sum()
+    assert error.item() == pytest.approx(singular[rank:].square().sum().item(), abs=1e-8)
+    joint = spectrum(gram(left) + gram(right))[1]
+    assert error <= (left @ right.mT - cut_product(left, right, joint, joint, rank)).square().sum() + 1e-8
+    sizes = [(x @ m).square().sum(0) for x, m in ((left, a), (right, b))]
+    assert_close("balance", *sizes, 1e-9)
+
+
+def test_factors_of_rows_that_lack_a_direction():
+    left, right = torch.randn(30, 4).double(), torch.randn(30, 4).double()
+    left[:, 2] = 0
+    a, b, energy = factors(gram(left), gram(right))
+    assert a.isfinite().all() and b.isfinite().all() and energy[-1] < 1e-6 * energy[0]
+    assert_close("identity", torch.eye(4, dtype=torch.double), a @ b.mT, 1e-6)
+    assert_close("product", left @ right.mT, cut_product(left, right, a, b, 3), 1e-3)
+
+
+def test_attention_is_summed_as_the_stock_model_computes_it():
+    """Weights and outputs of eager attention, one head at a time; the second block of queries begins in the middle."""
+    torch.manual_seed(0)
+    queries, keys, values = torch.randn(4, 700, 8), torch.randn(2, 700, 8), torch.randn(2, 700, 8)
+    found = grams_of(queries, keys, values, 0.3)
+    for group in range(2):
+        received, outputs = torch.zeros(700, dtype=torch.double), torch.zeros(8, 8, dtype=torch.double)
+        for query in queries[2 * group : 2 * group + 2].double():
+            logits = 0.3 * query @ keys[group].double().T
+            weights = logits.masked_fill(torch.ones(700, 700).triu(1).bool(), -torch.inf).softmax(-1)
+            received += weights.sum(0)
+            outputs += gram(weights @ values[group].double())
+        attended = (received[:, None] * keys[group].double()).T @ keys[group].double()
+        assert_close("attended", attended, found["attended"][group], 1e-5)
+        assert_close("outputs", outputs, found["outputs"][group], 1e-5)
+        assert_close("queries", gram(queries[2 * group : 2 * group + 2].flatten(0, 1)), found["queries"][group], 1e-9)
+
+
+def test_directions_of_attention_are_exact_when_none_is_cut():
+    model = tiny_model()
+    ids = prompt(100)
+    ref = model(ids).logits
+    for objective in ("joint", "attention"):
+        for fold in (False, True):
+            rows = zack(1.0, objective=objective, fold=fold)
+            with asymkv.replace("llama", model=model, method="zack", dimensions=rows):
+                assert_close(f"{objective} {fold}", ref, model(ids).logits, 1e-4)
+
+
+def test_directions_of_attention_lose_less_of_its_output(tmp_path):
+    """On the text that they were measured on, at the same ranks, with one layer to look at."""
+    model, ids = tiny_model(num_hidden_layers=1), prompt(64, seed=9)
+    calibrate(model, [ids[0]]).save(tmp_path)
+    whole, errors = attention_output(model, ids), {}
+    for objective in OBJECTIVES:
+        rows = zack(0.25, objective=objective, ranks="uniform", keys=False, basis=str(tmp_path))
+        with asymkv.replace("llama", model=model, method="zack", dimensions=rows):
+            errors[objective] = (attention_output(model, ids) - whole).square().sum().item()
+    assert 0 < errors["attention"] < errors["joint"]
+
+
+def attention_output(model, ids):
+    """What the first layer's attention adds to the residual stream."""
+    found = []
+    handle = model.model.layers[0].self_attn.register_forward_hook(lambda module, args, out: found.append(out[0]))
+    model(ids)
+    handle.remove()
+    return found[0]
 
 
 # -- ranks -------------------------------------------------------------------------------------------------------------
@@ -121,6 +204,39 @@ def test_ranks_that_cannot_be(given, message):
         choose_ranks(ENERGY, **{"ratio": 0.5, "policy": "energy", "multiple": 2, "least": 2, **given})
 
 
+def test_given_ranks_are_stored(tmp_path):
+    """One for all, one a layer, one a head, and keys apart from values; an odd one has a zero behind it."""
+    cases = [
+        (6, [[6, 6]] * 2, [[6, 6]] * 2), ([4, 9], [[4, 4], [9, 9]], [[4, 4], [9, 9]]),
+        ({"keys": [[2, 16], 3], "values": 16}, [[2, 16], [3, 3]], [[16, 16]] * 2),
+    ]  # fmt: skip
+    for ranks, keys, values in cases:
+        _, cache = filled(dimensions=zack(None, ranks=ranks))
+        for layer, own in enumerate(zip(keys, values, strict=True)):
+            assert cache.projections[layer].widths(SIZE) == tuple(max(each) + max(each) % 2 for each in own)
+            for stored, rank in zip((cache.keys(layer)[0], cache.values(layer)[0]), own, strict=True):
+                for head, n in enumerate(rank):
+                    assert (stored[head][:, n:] == 0).all() and (stored[head][:, :n] != 0).any()
+        cache.save(tmp_path / str(ranks))
+        again = CompressedCache.load(tmp_path / str(ranks), tiny_model())
+        assert again.projections[0].widths(SIZE) == cache.projections[0].widths(SIZE)
+
+
+@pytest.mark.parametrize(("ranks", "message"), [
+    (0, "a rank of dimensions='zack' must be an integer >= 1; found 0"),
+    ([8, [8, -1]], "a rank of dimensions='zack' must be an integer >= 1; found -1"),
+    (2.5, "a rank of dimensions='zack' must be an integer >= 1; found 2.5"),
+    ({"keys": 8}, r"must name keys and values; found \['keys'\]"),
+    (17, "for keys of layer 0: 17 is above the head size 16; allowed: 1 to 16"),
+    ({"keys": 8, "values": [8, [16, 20]]}, "for values of layer 1: 20 is above the head size 16"),
+    ([8, 8, 8], "are of 3 layers; the model has 2"),
+    ([8, [8, 8, 8]], "of layer 1 are of 3 heads; the model has 2 KV heads"),
+])  # fmt: skip
+def test_given_ranks_that_cannot_be(ranks, message):
+    with pytest.raises(ValueError, match=message):
+        filled(dimensions=zack(None, ranks=ranks))
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 def test_a_basis_belongs_to_its_model(tmp_path):
     calibrate(tiny_model(), [prompt(64)[0]]).save(tmp_path)
@@ -164,8 +280,9 @@ def test_an_interrupted_calibration_goes_on(tmp_path):
     resumed = calibrate(model, samples, folder=tmp_path, progress=seen.append)
     whole = calibrate(model, samples)
     assert seen == [3, 4]
-    for name in ("keys", "key_energy", "values", "value_energy"):
-        assert torch.equal(getattr(resumed, name), getattr(whole, name)), name
+    for kind in OBJECTIVES:
+        for name, expected in whole.of(kind).tensors().items():
+            assert torch.equal(resumed.of(kind).tensors()[name], expected), (kind, name)
 
 
 @pytest.mark.parametrize("place", [20, 200, -9], ids=["header", "told", "sums"])
@@ -195,7 +312,8 @@ def test_a_kill_while_sums_are_saved_leaves_those_of_before(tmp_path, monkeypatc
             sums.save(tmp_path)
     resumed = zack_basis.Sums.resume(model, samples, tmp_path)
     assert resumed.samples == 1
-    assert torch.equal(calibrate(model, samples, folder=tmp_path).keys, calibrate(model, samples).keys)
+    resumed, whole = calibrate(model, samples, folder=tmp_path), calibrate(model, samples)
+    assert torch.equal(resumed.joint.keys, whole.joint.keys)
 
 
 def killed(replace_file):
@@ -211,7 +329,7 @@ def killed(replace_file):
 
 
 def test_an_interruption_finds_sums_of_whole_samples(monkeypatch):
-    """Whatever is added last: keys, values and their count change together."""
+    """Whatever is added last: all sums and their count change together."""
     model, sample = tiny_model(), prompt(40)[0]
     sums = zack_basis.Sums.resume(model, [sample], None)
 
@@ -221,10 +339,11 @@ def test_an_interruption_finds_sums_of_whole_samples(monkeypatch):
 
         __add__ = __iadd__ = __radd__
 
-    sums.total = (sums.keys, sums.values.as_subclass(Interrupted), 0)
+    last = list(sums.grams)[-1]
+    sums.total = ({**sums.grams, last: sums.grams[last].as_subclass(Interrupted)}, 0)
     with pytest.raises(KeyboardInterrupt):
         sums.add(model, sample)
-    assert sums.samples == 0 and not sums.keys.any()
+    assert sums.samples == 0 and not any(gram.any() for gram in sums.grams.values())
 
 
 def test_sums_survive_an_interruption_of_the_bases_themselves(tmp_path, monkeypatch):
@@ -262,6 +381,9 @@ def test_a_basis_keeps_what_it_was_measured_on(tmp_path):
     made.save(tmp_path)
     found = load(tmp_path, tiny_model())
     assert isinstance(found, Basis) and found.measured["tokens"] == 64
-    assert torch.equal(found.keys, made.keys) and found.sha256
+    assert found.sha256
+    for kind in OBJECTIVES:
+        for name, tensor in made.of(kind).tensors().items():
+            assert torch.equal(found.of(kind).tensors()[name], tensor), (kind, name)
 
 
