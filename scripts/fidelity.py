@@ -81,8 +81,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=positive, default=1, help="torch threads")
     add("--shard", type=Shard.parse, default=Shard(), help="i/n: this process takes rows i, i + n, ...")
     add("--share-prefill", action="store_true",
-        help="one prefill for all cells that judge the whole prompt at once: the same numbers but for times, which "
-             "they have none of, in a fraction of the time; holds a row's caches of all of them at once")
+        help="one prefill for all cells that judge the whole prompt at once, and one for most presses: the same "
+             "numbers but for times, which they have none of, in a fraction of the time; holds a row's caches of all "
+             "of them at once")
     # other things to do
     add("--report-only", action="store_true", help="rebuild tables and figure from the folder's records")
     add("--write-sample", type=Path, metavar="FILE", help="choose a standing sample from --data-dir")
@@ -202,8 +203,9 @@ def measure_presses(
     inputs = load(args, spec, experiment)
     cells = experiment.cells(args.arms)
     full = PressArm(cells[0].name)
-    run = fidelity.FidelityRun(inputs.subject, args.protocol, out)
-    conditions = {"peer": peers.versions(), "full_cache": run.compare_full(full.name, inputs.tasks, inputs.rows)}
+    run = fidelity.FidelityRun(inputs.subject, args.protocol, out, share=args.share_prefill)
+    same = run.compare_full(full.name, inputs.tasks, inputs.rows)
+    conditions = {"share_prefill": args.share_prefill, "peer": peers.versions(), "full_cache": same}
     presses = [full, *(cell for cell in cells if isinstance(cell, PressArm))]
     return measure_cells(args, experiment, inputs, run, presses, conditions)
 

@@ -140,7 +140,8 @@ class FidelityRun:
         """The cells that still run, with their prefix of ``ids`` where a prefill was shared."""
         for group in share_groups(cells, len(ids)) if self.share and ids else ([cell] for cell in cells):
             group = [cell for cell in group if cell.name not in self.refused]
-            shared = prefill_together(self.subject, group, ids) if len(group) > 1 else [None] * len(group)
+            alone: list[Prefix | None] = [None] * len(group)
+            shared = prefill_together(self.subject, group, ids) if len(group) > 1 else alone
             for cell in group:
                 prefix = shared.pop(0)  # let go of once measured
                 if cell.name not in self.refused:

@@ -131,6 +131,14 @@ class PressArm(BaseArm):
 
         return build(self.press, 1 - self.share(tokens, token_bytes))
 
+    def prefill_key(self) -> str | None:
+        """What presses must agree in to share a prefill, in the worker; None: nobody shares this one's."""
+        if self.press is None:
+            return None
+        from asymkv.longbench.presses import prefill_key
+
+        return prefill_key(self.press)
+
     def settings(self) -> dict[str, Any]:
         press = {} if self.press is None else self.press.to_mapping()
         return {**press, "ratio": self.ratio, "budget": self.budget}

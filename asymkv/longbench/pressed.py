@@ -8,7 +8,8 @@ view. A press may leave layers of different lengths, or leave every row where it
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 # From the prompt's length in tokens to a press, or None where nothing is to be removed.
 PressOf = Callable[[int], Any]
+# Where kvpress says which (batch, heads, rows) of a layer are out of view.
+Masked = tuple[Any, Any, Any] | None
+
+logger = logging.getLogger(__name__)
 
 
 class PressedCache(DynamicCache):
@@ -66,16 +71,23 @@ class PressedCache(DynamicCache):
         buffers = [x for layer in self.layers if layer.is_initialized for x in (layer.keys, layer.values)]
         return sum(x.untyped_storage().nbytes() for x in buffers)
 
-    def settle(self, model: nn.Module) -> None:
-        """Takes over what the press left on the model, and lets go of rows that only a view still holds."""
-        for index, (layer, attention) in enumerate(zip(self.layers, attentions(model), strict=True)):
+    def settle(self, masks: Sequence[Masked], tokens: int, *, moves_keys: bool) -> None:
+        """Takes over what a press left, and lets go of rows that only a view still holds.
+
+        Args:
+            masks: of every layer.
+            tokens: that were read.
+            moves_keys: whether kept keys were rotated to the positions 0, 1, ...
+        """
+        for index, (layer, masked) in enumerate(zip(self.layers, masks, strict=True)):
             layer.keys, layer.values = (_own(x) for x in (layer.keys, layer.values))
-            masked = getattr(attention, "masked_key_indices", None)
             if masked is not None:
                 _, heads, rows = (torch.as_tensor(x, device=layer.keys.device) for x in masked)
                 hidden = torch.zeros(layer.keys.shape[1:3], dtype=torch.bool, device=layer.keys.device)
                 hidden[heads, rows] = True
                 self.hidden[index] = hidden
+        self.tokens_seen = tokens
+        self.next_position = max(self.rows()) if moves_keys else tokens
         self.settled = True
 
     def attention_mask(self, index: int, tokens: int, groups: int, dtype: torch.dtype) -> Tensor | None:
@@ -168,10 +180,60 @@ def _pressing(model: PreTrainedModel, press: Any, input_ids: Tensor, cache: Pres
     try:
         with context:
             yield
-        cache.settle(model)
-        cache.tokens_seen = input_ids.shape[1]
-        cache.next_position = max(cache.rows()) if moves_keys else cache.tokens_seen
+        masks = [getattr(attention, "masked_key_indices", None) for attention in attentions(model)]
+        cache.settle(masks, input_ids.shape[1], moves_keys=moves_keys)
     finally:
         # kvpress keeps them on the modules, and looks at them in every later call.
         for attention in attentions(model):
             attention.masked_key_indices = None
+
+
+@torch.no_grad()
+def press_together(
+    model: PreTrainedModel, presses: Sequence[Any], input_ids: Tensor
+) -> tuple[list[PressedCache | None], Tensor]:
+    """One prefill of ``input_ids [1, t]``, and the cache that each press would have left in a prefill of its own.
+
+    Args:
+        model: a causal LM, with the attention implementation that the presses want.
+        presses: of one :func:`asymkv.longbench.presses.prefill_key`: they see a layer once it has been computed, and
+            leave what it computes as it is.
+        input_ids: the prompt.
+
+    Returns:
+        The caches, None for a press that failed on the prompt (alone it says why), and the last token's logits ``[V]``.
+    """
+    caches: list[PressedCache | None] = [PressedCache() for _ in presses]
+    masks: list[list[Masked]] = [[] for _ in presses]
+
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        full = kwargs["past_key_values"].layers[module.layer_idx]
+        for i, (press, own) in enumerate(zip(presses, caches, strict=True)):
+            if own is not None:
+                own.update(full.keys, full.values, module.layer_idx)
+                module.masked_key_indices = None
+                try:
+                    press.forward_hook(module, args, {**kwargs, "past_key_values": own}, output)
+                except Exception as error:
+                    logger.warning("%s fails in a shared prefill and is run alone: %s", type(press).__name__, error)
+                    caches[i] = None
+                masks[i].append(module.masked_key_indices)
+        module.masked_key_indices = None
+        full.keys, full.values = full.keys[:, :, :0].clone(), full.values[:, :, :0].clone()  # read once, held by none
+
+    for press in presses:
+        press.post_init_from_model(model)
+    hooks = [module.register_forward_hook(hook, with_kwargs=True) for module in attentions(model)]
+    for module in attentions(model):
+        module.rotary_emb = model.model.rotary_emb  # as kvpress's own context does
+    try:
+        logits = model(input_ids, past_key_values=PressedCache(), logits_to_keep=1).logits[0, -1]
+    finally:
+        for handle in hooks:
+            handle.remove()
+    from asymkv.longbench.presses import moves_keys
+
+    for press, cache, own in zip(presses, caches, masks, strict=True):
+        if cache is not None:
+            cache.settle(own, input_ids.shape[1], moves_keys=moves_keys(press))
+    return caches, logits

@@ -9,14 +9,16 @@ import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import kvpress
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from asymkv.longbench import pressed
 from asymkv.longbench.press_arms import PressError, PressSpec
+from asymkv.longbench.pressed import PressedCache
 
 # Presses that are more than one call around a prefill.
 REFUSED = {
@@ -102,6 +104,36 @@ def pressing(model: PreTrainedModel, press: Any, input_ids: Tensor) -> Iterator[
             yield
     except Exception as error:
         raise PressError(f"{type(press).__name__}: {type(error).__name__}: {error}") from error
+
+
+def prefill_key(spec: PressSpec) -> str | None:
+    """What presses must agree in to share one prefill; None: this one runs the model in a way of its own.
+
+    Those that only look at each layer after it was computed may share it, with the attention that they want.
+    """
+    inner: Any = build(spec)
+    press, plain = inner, kvpress.BasePress
+    while inner is not None:
+        if type(inner).__call__ is not plain.__call__ or type(inner).forward_hook is not plain.forward_hook:
+            return None
+        inner = getattr(inner, BASE, None)
+    return "eager" if _reads_attention(press) else "default"
+
+
+def press_together(
+    model: PreTrainedModel, specs: Sequence[PressSpec], shares: Sequence[float], input_ids: Tensor
+) -> tuple[list[PressedCache | None], Tensor]:
+    """:func:`asymkv.longbench.pressed.press_together` of presses of one :func:`prefill_key`.
+
+    Args:
+        model: a causal LM.
+        specs: the presses.
+        shares: of rows that each keeps.
+        input_ids: ``[1, t]``.
+    """
+    presses = [build(spec, 1 - share) for spec, share in zip(specs, shares, strict=True)]
+    with _attention(model, "eager" if _reads_attention(presses[0]) else None):
+        return pressed.press_together(model, presses, input_ids)
 
 
 def _reads_attention(press: Any) -> bool:

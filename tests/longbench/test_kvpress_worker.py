@@ -136,6 +136,19 @@ def test_a_later_run_measures_what_is_missing(finished):
     assert {json.loads(line)["arm"] for line in lines} == {f"kvpress_{name}" for name in PRESSES}
 
 
+def test_presses_that_share_a_prefill_give_the_same_numbers(folder, finished, tmp_path):
+    """One that runs the model itself is alone; peaks are those of a prefill each."""
+    run(folder, tmp_path, "--share-prefill", "--arms", *(f"kvpress_{name}" for name in PRESSES))
+    for kind in ("row", "window"):
+        both = [read(out, kind).items() for out in (finished, tmp_path)]
+        alone, shared = ({key: record for key, record in each if "kvpress" in key[0]} for each in both)
+        assert shared.keys() == alone.keys() and len(shared) == 2 * len(PRESSES) * (2 if kind == "row" else 1)
+        for key, record in alone.items():
+            assert (shared[key]["prefill_seconds"] is None) == (key[0] != "kvpress_kvzip"), key
+            for name in record.keys() - {"prefill_seconds"}:
+                assert shared[key][name] == record[name], (key, name)
+
+
 def test_a_finished_run_starts_no_worker(folder, finished, monkeypatch):
     monkeypatch.setattr(peers, "check", None)
     monkeypatch.setattr(peers, "start_worker", None)
