@@ -176,7 +176,7 @@ class CompressionConfig:
         """One line for ``print(model)``."""
         size = f"ratio={self.ratio}" if self.ratio is not None else f"budget={self.budget}"
         rows = self.row_dimensions
-        kept = "" if rows is None else f"dimensions={_kind(self.dimensions)} {rows.ratio:g}, "
+        kept = "" if rows is None else f"dimensions={_kind(self.dimensions)} {rows.describe()}, "
         return f"method={self.method}, {size}, {kept}backend={self.backend}"
 
     def replace(self, **overrides: Any) -> CompressionConfig:

@@ -94,10 +94,20 @@ class Zack:
             raise ValueError(f"method {config.method!r} works on queries and keys before RoPE, which projected keys do "
                              "not have; use another method with dimensions='zack', or set keys: false")
         config.options.check_dimensions(keys=self.keys, values=self.values)
-        if self.ratio is not None or not isinstance(self.ranks, str):
-            return self
         whole = config.ratio is not None and not config.options.compresses
+        if not isinstance(self.ranks, str):
+            if whole:
+                raise ValueError(f"method {config.method!r} keeps every row, and ranks={self.ranks!r} says how many "
+                                 f"dimensions; ratio={config.ratio} would change nothing: leave it out")
+            return self
+        if self.ratio is not None:
+            return self
         return dataclasses.replace(self, ratio=config.ratio if whole else DEFAULT_RATIO)
+
+    def describe(self) -> str:
+        """How many dimensions, and what they were chosen for where that is not the published objective."""
+        size = f"{self.ratio:g}" if self.ratio is not None else f"ranks={self.ranks!r}"
+        return size if self.objective == "joint" else f"{size} ({self.objective})"
 
     def prepare(self, model: PreTrainedModel) -> tuple[list[Projection], str]:
         """The projections of a model's layers, and the sha256 of the basis that they come from.

@@ -298,6 +298,10 @@ def test_ratio_means_dimensions_only_where_every_row_is_kept():
     assert CompressionConfig("h2o", ratio=0.25, dimensions="zack").row_dimensions.ratio == 0.5
     assert CompressionConfig("h2o", ratio=0.25).row_dimensions is None
     assert "dimensions=zack 0.25" in CompressionConfig("zack", ratio=0.25).describe()
+    rows = {"kind": "zack", "ranks": [8, 12], "objective": "attention"}
+    assert "dimensions=zack ranks=[8, 12] (attention)" in CompressionConfig("zack", dimensions=rows).describe()
+    with pytest.raises(ValueError, match="ranks=8 says how many dimensions; ratio=0.25 would change nothing"):
+        CompressionConfig("zack", ratio=0.25, dimensions={"kind": "zack", "ranks": 8})
     assert CompressionConfig("zack", ratio=0.25).replace(ratio=0.5).row_dimensions.ratio == 0.5
 
 
