@@ -115,10 +115,32 @@ def test_chunks_are_judged_by_their_own_replay_and_keep_their_scores():
     ({"plus": True}, "plus=True is a form of KVzip's score.*over='range'"),
     ({"merged_keys": "post_rope", "action": "merge", "position_policy": "compact"}, "position_policy='original'"),
     ({"level": "head", "action": "both"}, "action must be 'drop', found 'both'"),
+    ({"merged_keys": "post_rope"}, "action='drop' merges none; found merged_keys='post_rope'"),
+    ({"merged_position": "mean"}, "action='drop' merges none; found .*merged_position='mean'"),
 ], ids=str)  # fmt: skip
 def test_settings_that_do_not_go_together(settings, message):
     with pytest.raises(ValueError, match=message):
         asymkv.CompressionConfig("echo", budget=64, **settings)
+
+
+@torch.no_grad()
+def test_a_prefix_and_a_window_must_leave_room():
+    """Both always stay: a budget that holds nothing else would be exceeded."""
+    model, ids = tiny_model(), prompt(100)
+    settings = {"method": "echo", "window_size": 8, "chunk_size": 32, "budget": 40, **REQUEST}
+    with asymkv.replace("llama", model=model, prefix=31, **settings):
+        cache = model(ids).past_key_values
+        assert cache.stats()["rows"] == 40 * 4 and not cache.stats()["peak_rows"] > 40 + 32
+        assert model(ids[:, :40]).past_key_values.stats()["rows"] == 40 * 4
+    with asymkv.replace("llama", model=model, prefix=32, **settings):
+        with pytest.raises(ValueError, match="prefix=32 and window_size=8 rows are always kept, and 40 rows"):
+            model(ids)
+        assert model(ids[:, :40]).past_key_values.stats()["rows"] == 40 * 4
+    with asymkv.replace("llama", model=model, prefix=32, keep_prefix=False, **settings):
+        assert model(ids).past_key_values.stats()["rows"] == 40 * 4
+    settings.update(budget=None, ratio=0.03, window_size=0)
+    with asymkv.replace("llama", model=model, prefix=4, **settings):
+        assert model(ids).past_key_values.stats()["budget"] == [5], "a share of 3 rows is raised, and holds the prefix"
 
 
 def test_pairs_end_where_a_neighbour_goes():
