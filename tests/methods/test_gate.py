@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from gate_files import GATES, random_gate
+from safetensors.torch import save_file
 from tiny_models import assert_close, assert_same_rows, left_padded, prompt, tiny_model, tiny_tokenizer
 
 import asymkv
@@ -95,6 +96,15 @@ def test_the_gate_stays_with_the_cache(model, tmp_path):
     assert sum(int(decoded.num_rows(layer).sum()) for layer in range(2)) <= (40 + 3) * 4
 
 
+def test_caches_share_the_weights(model):
+    """They belong to no cache, and are counted by none: a second one must not widen them again."""
+    first, second = (read(model, prompt(100)) for _ in range(2))
+    for a, b in zip(first.layers, second.layers, strict=True):
+        assert a.learned["weight_in"].dtype == torch.float32
+        for name, weights in a.learned.items():
+            assert weights.data_ptr() == b.learned[name].data_ptr(), name
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 def test_a_file_gives_the_gate_back(model, tmp_path):
     made = random_gate(model, seed=3)
@@ -134,11 +144,17 @@ def test_damage_is_noticed(model, tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=message):
             gate.load(path)
+    for entry, message in [("[1]", "unknown format 'list'"), ("null", "unknown format 'NoneType'"), ("{", "damaged")]:
+        save_file(dict(random_gate(model).weights), path, {gate.ENTRY: entry})
+        with pytest.raises(ValueError, match=message):
+            gate.load(path)
     with pytest.raises(ValueError, match="does not exist; the option 'file'"):
         gate.load(tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="bias_in of the gate must be .2, 2, 8.; found .2, 2, 7."):
         made = random_gate(model)
         gate.Gate({**made.weights, "bias_in": made.weights["bias_in"][..., 1:]}, made.model)
+    with pytest.raises(ValueError, match="scale of the gate holds numbers that are not finite"):
+        gate.Gate({**made.weights, "scale": made.weights["scale"] * torch.inf}, made.model)
 
 
 @pytest.mark.parametrize(("settings", "message"), [
