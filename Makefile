@@ -83,9 +83,11 @@ reproduce-speed: install  ## prefill, memory and decode of AsymKV beside the pla
 reproduce-asymmetry: install  ## are neighbouring keys alike, and neighbouring values not
 	$(BIN)/python scripts/plot_asymmetry.py --model $(MODEL) --text-file README.md --out results/asymmetry $(ARGS)
 
-reproduce-%: install  ## any experiment of configs/experiments: budgets, ablation, foundation
+reproduce-%: install  ## any experiment of configs/experiments: quality, budgets, ablation, foundation
 	$(BIN)/python scripts/fidelity.py --experiment $* $(ON) $(ROWS) --protocol $(PROTOCOL) \
 	  --out results/$*-$(PROTOCOL) $(ARGS)
+
+reproduce-quality: $(HEADS)  # its arm headkv takes them
 
 # Head scores that razor, duo_attention, headkv and uncomp need, measured once per model.
 $(HEADS): | install

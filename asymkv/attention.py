@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,12 +157,35 @@ def is_due(cache: CompressedCache, layer: CompressedLayer, step: Step) -> bool:
 
 def _make_room(cache: CompressedCache, layer: CompressedLayer, step: Step, scale: float) -> None:
     """Compacts what decode has left above the budget before a new turn's chunk: rows never exceed budget + chunk."""
-    if cache.deferred or not step.store or not layer.is_initialized or not is_due(cache, layer, step):
+    if not step.store or not layer.is_initialized or step.hold and cache.config.chunk is None:
         return
+    room = dataclasses.replace(step, compacted=False, hold=False)
+    if not cache.deferred:
+        if is_due(cache, layer, room) and _can_judge(cache, layer):
+            _compact_by_remembered(cache, layer, room, scale)
+    elif layer.index == 0 and cache.config.chunk is not None:
+        _make_room_everywhere(cache, room, scale)
+    step.compacted |= room.compacted
+
+
+def _make_room_everywhere(cache: CompressedCache, room: Step, scale: float) -> None:
+    """The same for layers that wait for each other: all of them, before the first one stores the chunk."""
+    nothing = [0] * len(room.counts)
+    room.due, room.limits = cache.exceeding(room.requests, nothing), cache.limits(room.requests, nothing)
+    if any(room.due) and all(_can_judge(cache, layer) for layer in cache.layers):
+        for layer in cache.layers:
+            _compact_by_remembered(cache, layer, room, scale)
+        settle(cache, room)
+
+
+def _can_judge(cache: CompressedCache, layer: CompressedLayer) -> bool:
+    """Whether there is a decode query to judge by, where the method needs one; if not, the chunk's own will do."""
     needs = cache.config.options.needs & {"queries", "attention"}
-    if needs and (layer.ring is None or not layer.ring.cursor):
-        return  # no decode query to judge by: the chunk's own will
-    if "attention" in needs:
+    return not needs or layer.ring is not None and bool(layer.ring.cursor)
+
+
+def _compact_by_remembered(cache: CompressedCache, layer: CompressedLayer, step: Step, scale: float) -> None:
+    if "attention" in cache.config.options.needs:
         _flush(cache, layer, scale)
     compact_due(cache, layer, step, Seen.remembered(layer), scale)
 

@@ -294,8 +294,7 @@ class CompressedCache(BudgetLedger, Cache):
         if size != self._bytes[layer.index]:
             self._bytes[layer.index] = size
             self.peak_nbytes = max(self.peak_nbytes, sum(self._bytes))
-        if layer.storage.width > self.peak_rows:  # the mean of a row's heads is not above the longest head
-            self.peak_rows = max(self.peak_rows, layer.mean_rows())
+        self.peak_rows = max(self.peak_rows, self.rows_that_share(layer, self.peak_rows))
 
     # -- batch and history ---------------------------------------------------------------------------------------
     def crop(self, tokens_to_remove: int) -> None:

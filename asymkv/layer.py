@@ -205,10 +205,6 @@ class CompressedLayer(LayerBase):
         heads = self.kv_heads if self.is_initialized else 1
         return self.storage.length[row * heads : (row + 1) * heads] if self.is_initialized else [0]
 
-    def mean_rows(self) -> int:
-        """Rows per KV head, the mean over a row's heads, of the row of the batch that has the most; rounded up."""
-        return max(-(-sum(held) // len(held)) for held in map(self.heads_of, range(self.batch)))
-
     def exceeding(self, limit: list[Rows | None], new: list[int] | None = None, *, ragged: bool = False) -> list[bool]:
         """Per row of the batch: whether a head holds more than its limit (None = no limit), ``new`` tokens added.
 

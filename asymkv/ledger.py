@@ -65,6 +65,21 @@ class BudgetLedger:
         """Whether layers wait for each other before they are compacted."""
         return self.config.layer_split.deferred
 
+    def rows_that_share(self, layer: CompressedLayer, more_than: int) -> int:
+        """Rows per KV head once a layer has taken some in, rounded up, of the row of the batch that has the most.
+
+        The mean is over the layer's heads; where layers share a budget and wait for each other, over all layers' heads,
+        once the last layer has taken its rows in. 0 where no head, and so no mean, holds more than ``more_than``.
+        """
+        shared = [layer]
+        if self.deferred:
+            shared = [each for each in self.layers if each.is_initialized] if layer is self.layers[-1] else []
+        if max((each.storage.width for each in shared), default=0) <= more_than:
+            return 0
+        heads = len(self.layers if self.deferred else shared) * self.shape.kv_heads
+        held = (sum(sum(each.heads_of(row)) for each in shared) for row in range(layer.batch))
+        return max(-(-rows // heads) for rows in held)
+
     def expect_prompt(self, new_tokens: list[int]) -> None:
         """Announces the own prompt tokens that each row is about to get, in one forward or several."""
         seen = self.layers[0].tokens or [0] * len(new_tokens)

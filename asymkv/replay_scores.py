@@ -21,7 +21,8 @@ PAIR = "pair"  # inf = there is no such pair any more
 FAINTEST = 1e-30  # lowest score of a judged row: an underflow must not look like a row that was never judged
 # Logits in memory at a time: 16 MiB in fp32; on a CPU what its cache holds.
 BLOCK_ELEMENTS, BLOCK_ELEMENTS_CPU = 1 << 22, 1 << 18
-LEAST_REST = 1e-3  # 1 - p counts as no less: o is v but for rounding where a row has all the attention
+# What is left of a softmax counts as no less: o is v but for rounding where a row has all the attention.
+LEAST_REST = 1e-3
 CURRENCIES = ("attention", "output_error")
 
 
@@ -110,9 +111,10 @@ class Displacement:
     """What an action on rows changes for the query that it changes most for, against everything that is stored.
 
     An action changes the probabilities of its rows by ``d``: dropping row j by ``-p_j``; merging rows j and k by
-    cardinality gives each of their tokens the logit ``(n_j s_j + n_k s_k) / (n_j + n_k)``. The currency "attention" is
-    the probability that moves (total variation), the currency "output_error" is ``|sum d (v - o)|`` through the output
-    projection, what moves of the attention's output; for a drop divided by ``1 - p``, since the softmax fills the gap.
+    cardinality gives each of their tokens the logit ``(n_j s_j + n_k s_k) / (n_j + n_k)``, which is exact for keys that
+    are merged after RoPE. The currency "attention" is the probability that moves (total variation) before the softmax
+    closes the gap, never less than what moves after; the currency "output_error" is what moves of the attention's
+    output, ``|sum d (v - o)|`` through the output projection over ``1 + sum d``, since the softmax fills the gap.
 
     Args:
         currency: "attention" or "output_error".
@@ -196,7 +198,7 @@ class _Costs:
             return a.abs().maximum(b.abs()).maximum((a + b).abs())
         distance, mixed = offset
         square = a.square() * distance[..., :-1] + b.square() * distance[..., 1:] + 2 * a * b * mixed
-        return square.clamp(min=0).sqrt()
+        return square.clamp(min=0).sqrt() / (1 + a + b).clamp(min=LEAST_REST)
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from transformers import PreTrainedModel
 
 from asymkv.arguments import DTYPES
 from asymkv.files import write_atomic
-from asymkv.gates.collect import Folder, Passage, Recipe, file_passages, take_turns, task_passages
+from asymkv.gates.collect import Folder, Passage, Recipe, file_passages, sample_contexts, take_turns, task_passages
 from asymkv.gates.fit import Fit, fit, read_rows, split
 from asymkv.gates.gate import Gate
 from asymkv.head_scores import model_of
 from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
-from asymkv.longbench.sample import HALVES, read_sample
+from asymkv.longbench.sample import HALVES
 
 STAGES = ("collect", "fit", "both")
 TASKS = (
@@ -54,7 +54,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--contexts", type=int, default=5, help="contexts of each task")
     add("--half", choices=HALVES, help="only contexts of one half of the data")
     add("--reported-sample", type=Path, nargs="+", default=[], metavar="FILE",
-        help="sample files; contexts of their rows are left out")
+        help="sample files; what shares text with a context of their rows, of whatever task, is left out")
     add("--texts", type=Path, nargs="+", default=[], metavar="FILE", help="text files to take passages of")
     add("--windows", type=int, default=3, help="passages of each text file")
     add("--max-tokens", type=int, default=Recipe.max_tokens, help="tokens of a passage at most")
@@ -74,6 +74,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.stage != "fit" and args.data_dir is None and not args.texts:
         parser.error("nothing to read: give --data-dir, --texts or both")
+    if args.reported_sample and args.data_dir is None:
+        parser.error("--reported-sample names rows of --data-dir, which is missing")
     if args.out is not None and args.out.suffix != ".safetensors":
         parser.error(f"--out must end in .safetensors; found {args.out}")
     return args
@@ -81,11 +83,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def passages_of(args: argparse.Namespace, tokenizer: Any, recipe: Recipe) -> list[Passage]:
     """Everything to score, the kinds taking turns."""
-    left_out = {row for file in args.reported_sample for ids in read_sample(file).tasks.values() for row in ids}
+    left_out = sample_contexts(args.reported_sample, args.data_dir)
     picked = {"half": args.half, "left_out": left_out, "seed": args.seed}
     tasks = args.tasks if args.data_dir else ()
     groups = [task_passages(task, args.data_dir, args.contexts, **picked) for task in tasks]
-    return take_turns(groups + [file_passages(path, args.windows, tokenizer, recipe) for path in args.texts])
+    texts = [file_passages(path, args.windows, tokenizer, recipe, left_out) for path in args.texts]
+    return take_turns(groups + texts)
 
 
 def collect(args: argparse.Namespace, folder: Folder, model: PreTrainedModel, tokenizer: Any) -> None:

@@ -6,6 +6,7 @@ replayed query gives it. That is the target; what a gate may look at is the row'
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import random
@@ -24,7 +25,7 @@ from asymkv.compress import compress
 from asymkv.files import replace_file, sha256, write_atomic
 from asymkv.head_scores import check_model, model_of
 from asymkv.longbench.data import load_rows
-from asymkv.longbench.sample import SHARED_LIMIT, half_of, shared_text, text_runs
+from asymkv.longbench.sample import SHARED_LIMIT, half_of, read_sample, shared_text, text_runs
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def task_passages(
         data_dir: folder of the rows.
         count: contexts at most.
         half: only contexts of this half of the data (:func:`asymkv.longbench.sample.half_of`); None: of both.
-        left_out: ids of rows whose contexts, and others that share text with them, are never taken.
+        left_out: contexts that are never taken, nor others that share text with them (:func:`sample_contexts`).
         seed: of the choice.
 
     Returns:
@@ -94,18 +95,36 @@ def task_passages(
     rows = load_rows(task, data_dir=data_dir)
     if not rows:
         raise ValueError(f"{task}.jsonl in {data_dir} holds no rows")
-    barred = {row["context"] for row in rows if row["_id"] in left_out}
+    barred = frozenset(left_out)
     found = sorted({row["context"] for row in rows} - barred)
-    runs = text_runs(barred)
-    found = [t for t in found if half in (None, half_of(t, barred)) and shared_text(t, runs) < SHARED_LIMIT]
+    found = [t for t in found if half in (None, half_of(t, barred)) and _is_new(t, barred)]
     if not found:
         logger.warning("%s: %d rows, but no context of half %s besides those left out", task, len(rows), half)
     random.Random(f"{seed} {task}").shuffle(found)
     return [Passage(task, text) for text in found[:count]]
 
 
-def file_passages(path: Path, count: int, tokenizer: Any, recipe: Recipe) -> list[Passage]:
-    """Windows of a text file, ``recipe.max_tokens`` long, at random places.
+def sample_contexts(files: Iterable[Path], data_dir: Path) -> frozenset[str]:
+    """Contexts of all rows of sample files, whatever their task: one task's haystack is another's report."""
+    found = [(task, ids) for file in files for task, ids in read_sample(file).tasks.items()]
+    return frozenset(row["context"] for task, ids in found for row in load_rows(task, data_dir=data_dir)
+                     if row["_id"] in ids)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1)
+def _runs(contexts: frozenset[str]) -> set[str]:
+    return text_runs(contexts)
+
+
+def _is_new(text: str, left_out: frozenset[str]) -> bool:
+    """Whether a text shares less than ``SHARED_LIMIT`` of itself with contexts that are left out."""
+    return shared_text(text, _runs(left_out)) < SHARED_LIMIT
+
+
+def file_passages(
+    path: Path, count: int, tokenizer: Any, recipe: Recipe, left_out: Collection[str] = ()
+) -> list[Passage]:
+    """Windows of a text file, ``recipe.max_tokens`` long, at random places; none that shares text with ``left_out``.
 
     Raises:
         ValueError: for a text that is shorter than a window.
@@ -115,7 +134,8 @@ def file_passages(path: Path, count: int, tokenizer: Any, recipe: Recipe) -> lis
         raise ValueError(f"{path.name} has {len(ids)} tokens; a passage takes {recipe.max_tokens} (max_tokens)")
     draw = random.Random(f"{recipe.seed} {path.name}")
     starts = [draw.randrange(len(ids) - recipe.max_tokens + 1) for _ in range(count)]
-    return [Passage(path.stem, tokenizer.decode(ids[s : s + recipe.max_tokens])) for s in starts]
+    texts = [tokenizer.decode(ids[s : s + recipe.max_tokens]) for s in starts]
+    return [Passage(path.stem, text) for text in texts if _is_new(text, frozenset(left_out))]
 
 
 def take_turns(groups: Iterable[Sequence[Passage]]) -> list[Passage]:

@@ -63,6 +63,7 @@ class Gate:
     weights: dict[str, Tensor]
     model: dict[str, Any]
     trained: dict[str, Any] = field(default_factory=dict)
+    _layers: dict[int, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if set(self.weights) != set(SHAPES):
@@ -73,6 +74,8 @@ class Gate:
             wanted = (*heads, *(sizes[axis] for axis in axes))
             if tuple(self.weights[name].shape) != wanted:
                 raise ValueError(f"{name} of the gate must be {list(wanted)}; found {list(self.weights[name].shape)}")
+            if not bool(self.weights[name].isfinite().all()):
+                raise ValueError(f"{name} of the gate holds numbers that are not finite; train it again")
 
     @property
     def size(self) -> int:
@@ -80,8 +83,10 @@ class Gate:
         return self.weights["mean"].shape[-1]
 
     def layer(self, index: int) -> dict[str, Tensor]:
-        """The weights of one layer, ``[H_kv, ...]``, in a dict of its own."""
-        return {name: each[index] for name, each in self.weights.items()}
+        """The weights of one layer, ``[H_kv, ...]``: one dict, so that all caches share what is moved and widened."""
+        if index not in self._layers:
+            self._layers[index] = {name: each[index] for name, each in self.weights.items()}
+        return self._layers[index]
 
     def score(self, keys: Tensor, values: Tensor) -> Tensor:
         """Logarithm of the worth of each row, ``[L, H_kv, T]`` fp32.
@@ -191,8 +196,9 @@ def _content(path: Path) -> dict[str, Any]:
             content = json.loads((file.metadata() or {}).get(ENTRY, "{}"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
-    if content.get("format") != FORMAT:
-        raise ValueError(f"{path}: unknown format {content.get('format')!r}; expected {FORMAT!r}")
+    found = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if found != FORMAT:
+        raise ValueError(f"{path}: unknown format {found!r}; expected {FORMAT!r}")
     return content
 
 

@@ -30,16 +30,18 @@ MERGED_POSITIONS = ("last", "mean")
 class Echo(KVzip):
     """Repeats every prefill chunk once, against what is left of the past and the chunk, and judges its rows by that.
 
-    Rows that are stored never exceed budget and chunk, and reading costs one more forward per chunk. A row is judged
-    once, by the replay of its own chunk; its score stays with it. What to do with the cheapest rows is decided in one
-    currency (:class:`asymkv.replay_scores.Displacement`). Takes KVzip's arguments, and:
+    Rows that are stored never exceed budget and chunk on the average of the heads, and reading costs one more forward
+    per chunk. A row is judged once, by the replay of its own chunk; its score stays with it. Generated tokens are never
+    judged: answers stay whole, beyond the budget where it cannot hold them. What to do with the cheapest rows is
+    decided in one currency (:class:`asymkv.replay_scores.Displacement`). Takes KVzip's arguments, and:
 
     Args:
         over: what a probability is a share of: "stored" (everything that is stored and the replay) or "range" (KVzip's:
             first rows, chunk and replay).
         currency: "attention" or "output_error", what dropping or merging displaces for the query it displaces most for.
         action: "drop" rows, "merge" each into the next row of its head, or "both", whichever costs less.
-        merged_keys: average keys "pre_rope", turned to the merged row's position, or as they are stored ("post_rope").
+        merged_keys: where rows merge, average keys "pre_rope", turned to the merged row's position, or as they are
+            stored ("post_rope").
         merged_position: a merged row's position, of its "last" member or the "mean" by cardinality.
     """
 
@@ -80,6 +82,9 @@ class Echo(KVzip):
             raise ValueError("plus=True is a form of KVzip's score; it needs over='range', found over='stored'")
         if self.level == "head" and self.action != "drop":
             raise ValueError(f"level='head' drops rows; action must be 'drop', found {self.action!r}")
+        if self.action == "drop" and self._edits:
+            raise ValueError("merged_keys and merged_position say how rows merge, and action='drop' merges none; found "
+                             f"merged_keys={self.merged_keys!r}, merged_position={self.merged_position!r}")
         if self._edits and config.positions != "original":
             raise ValueError("merged_keys='post_rope' and merged_position='mean' need position_policy='original'; "
                              f"found {config.positions!r}")

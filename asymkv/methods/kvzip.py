@@ -121,15 +121,16 @@ class KVzip(Method):
         Raises:
             PromptRefusedError: for a budget that the prefix fills.
         """
-        rows = config.budget if config.ratio is None else int(config.ratio * tokens)
+        rows = config.budget if config.ratio is None else max(int(config.ratio * tokens), config.minimum_rows)
         if isinstance(rows, int) and isinstance(self.prefix, int):
             self.check_prefix(self.prefix, rows, tokens)
 
     def check_prefix(self, prefix: int, rows: int, tokens: int) -> None:
-        """Raises an error where ``prefix`` rows that are always kept leave none of ``rows`` to a longer prompt."""
-        if self.keep_prefix and prefix >= rows < tokens and self.compresses:
-            raise PromptRefusedError(f"prefix={prefix} rows are always kept, and {rows} rows per KV head hold nothing "
-                                     "else; give a larger budget or ratio, or keep_prefix=False")
+        """Raises an error where ``prefix`` rows and a window that always stay leave none of ``rows`` to the others."""
+        if self.keep_prefix and prefix and prefix + self.window_size >= rows < tokens and self.compresses:
+            window = f" and window_size={self.window_size}" if self.window_size else ""
+            raise PromptRefusedError(f"prefix={prefix}{window} rows are always kept, and {rows} rows per KV head hold "
+                                     "nothing else; give a larger budget or ratio, or keep_prefix=False")
 
     def _check_level(self, config: CompressionConfig) -> None:
         """A level is a split of the budget; "head" and "pair_uniform" mean exactly one."""

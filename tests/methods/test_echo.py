@@ -32,23 +32,25 @@ def restated(seen, rows, weight, currency):
     drop, pair = torch.zeros(keys.shape[:2]).double(), torch.zeros(heads, keys.shape[1] - 1).double()
     lse = torch.logaddexp(seen.past_lse, seen.own_lse)[0]
     for head in range(heads * group):
-        kv = head // group
+        kv, out = head // group, seen.out[0, head]
         logits = seen.q[0, head] @ keys[kv].T * seen.scale - lse[head][:, None]
         p = logits.exp() * n[kv]
         through = weight[:, head * 16 : head * 16 + 16]
+
+        def cost(change, at, kv=kv, out=out, through=through):
+            """Of changing the probabilities of the rows ``at`` by ``change [t, len(at)]``."""
+            if currency == "attention":
+                return change.clamp(min=0).sum(1).maximum(-change.clamp(max=0).sum(1)).max()
+            left = 1 + change.sum(1, keepdim=True)
+            after = (out + change @ values[kv, at]) / left.clamp(min=1e-3)
+            return ((after - out) @ through.T).norm(dim=-1)[left[:, 0] > 1e-3].max()
+
         for j in range(keys.shape[1]):
-            offset = (values[kv, j] - seen.out[0, head]) @ through.T
-            lost = p[:, j] if currency == "attention" else p[:, j] / (1 - p[:, j]).clamp(min=1e-3) * offset.norm(dim=-1)
-            drop[kv, j] = max(drop[kv, j], lost.max())
-            if j + 1 == keys.shape[1]:
-                continue
-            both = n[kv, j : j + 2]
-            merged = ((logits[:, j : j + 2] * both).sum(1) / both.sum()).exp()[:, None] * both - p[:, j : j + 2]
-            moved = merged.clamp(min=0).sum(1).maximum(-merged.clamp(max=0).sum(1))
-            if currency == "output_error":
-                second = (values[kv, j + 1] - seen.out[0, head]) @ through.T
-                moved = (merged[:, :1] * offset + merged[:, 1:] * second).norm(dim=-1)
-            pair[kv, j] = max(pair[kv, j], moved.max())
+            drop[kv, j] = max(drop[kv, j], cost(-p[:, [j]], [j]))
+            if j + 1 < keys.shape[1]:
+                both = n[kv, j : j + 2]
+                merged = ((logits[:, j : j + 2] * both).sum(1) / both.sum()).exp()[:, None] * both
+                pair[kv, j] = max(pair[kv, j], cost(merged - p[:, j : j + 2], [j, j + 1]))
     return drop, pair
 
 
@@ -115,10 +117,32 @@ def test_chunks_are_judged_by_their_own_replay_and_keep_their_scores():
     ({"plus": True}, "plus=True is a form of KVzip's score.*over='range'"),
     ({"merged_keys": "post_rope", "action": "merge", "position_policy": "compact"}, "position_policy='original'"),
     ({"level": "head", "action": "both"}, "action must be 'drop', found 'both'"),
+    ({"merged_keys": "post_rope"}, "action='drop' merges none; found merged_keys='post_rope'"),
+    ({"merged_position": "mean"}, "action='drop' merges none; found .*merged_position='mean'"),
 ], ids=str)  # fmt: skip
 def test_settings_that_do_not_go_together(settings, message):
     with pytest.raises(ValueError, match=message):
         asymkv.CompressionConfig("echo", budget=64, **settings)
+
+
+@torch.no_grad()
+def test_a_prefix_and_a_window_must_leave_room():
+    """Both always stay: a budget that holds nothing else would be exceeded."""
+    model, ids = tiny_model(), prompt(100)
+    settings = {"method": "echo", "window_size": 8, "chunk_size": 32, "budget": 40, **REQUEST}
+    with asymkv.replace("llama", model=model, prefix=31, **settings):
+        cache = model(ids).past_key_values
+        assert cache.stats()["rows"] == 40 * 4 and not cache.stats()["peak_rows"] > 40 + 32
+        assert model(ids[:, :40]).past_key_values.stats()["rows"] == 40 * 4
+    with asymkv.replace("llama", model=model, prefix=32, **settings):
+        with pytest.raises(ValueError, match="prefix=32 and window_size=8 rows are always kept, and 40 rows"):
+            model(ids)
+        assert model(ids[:, :40]).past_key_values.stats()["rows"] == 40 * 4
+    with asymkv.replace("llama", model=model, prefix=32, keep_prefix=False, **settings):
+        assert model(ids).past_key_values.stats()["rows"] == 40 * 4
+    settings.update(budget=None, ratio=0.03, window_size=0)
+    with asymkv.replace("llama", model=model, prefix=4, **settings):
+        assert model(ids).past_key_values.stats()["budget"] == [5], "a share of 3 rows is raised, and holds the prefix"
 
 
 def test_pairs_end_where_a_neighbour_goes():

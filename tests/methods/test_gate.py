@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from gate_files import GATES, random_gate
+from safetensors.torch import save_file
 from tiny_models import assert_close, assert_same_rows, left_padded, prompt, tiny_model, tiny_tokenizer
 
 import asymkv
@@ -13,6 +14,7 @@ from asymkv import CompressedCache, CompressionConfig
 from asymkv.gates import collect, fit, gate
 from asymkv.head_scores import model_of
 from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
+from asymkv.longbench.sample import sample_sha256
 from asymkv.paths import config_path
 from scripts.train_gate import main as train_gate
 
@@ -95,6 +97,15 @@ def test_the_gate_stays_with_the_cache(model, tmp_path):
     assert sum(int(decoded.num_rows(layer).sum()) for layer in range(2)) <= (40 + 3) * 4
 
 
+def test_caches_share_the_weights(model):
+    """They belong to no cache, and are counted by none: a second one must not widen them again."""
+    first, second = (read(model, prompt(100)) for _ in range(2))
+    for a, b in zip(first.layers, second.layers, strict=True):
+        assert a.learned["weight_in"].dtype == torch.float32
+        for name, weights in a.learned.items():
+            assert weights.data_ptr() == b.learned[name].data_ptr(), name
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 def test_a_file_gives_the_gate_back(model, tmp_path):
     made = random_gate(model, seed=3)
@@ -134,11 +145,17 @@ def test_damage_is_noticed(model, tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=message):
             gate.load(path)
+    for entry, message in [("[1]", "unknown format 'list'"), ("null", "unknown format 'NoneType'"), ("{", "damaged")]:
+        save_file(dict(random_gate(model).weights), path, {gate.ENTRY: entry})
+        with pytest.raises(ValueError, match=message):
+            gate.load(path)
     with pytest.raises(ValueError, match="does not exist; the option 'file'"):
         gate.load(tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="bias_in of the gate must be .2, 2, 8.; found .2, 2, 7."):
         made = random_gate(model)
         gate.Gate({**made.weights, "bias_in": made.weights["bias_in"][..., 1:]}, made.model)
+    with pytest.raises(ValueError, match="scale of the gate holds numbers that are not finite"):
+        gate.Gate({**made.weights, "scale": made.weights["scale"] * torch.inf}, made.model)
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -230,16 +247,35 @@ def test_contexts_of_one_half_and_none_of_a_sample(tmp_path):
     (tmp_path / "qasper.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     halves = [{p.text for p in collect.task_passages("qasper", tmp_path, 99, half=half)} for half in ("tune", "report")]
     assert not halves[0] & halves[1] and len(halves[0] | halves[1]) == 30
-    out = {row["_id"] for row in rows if row["context"] in halves[0]}
-    assert collect.task_passages("qasper", tmp_path, 99, half="tune", left_out=out) == []
+    assert collect.task_passages("qasper", tmp_path, 99, half="tune", left_out=halves[0]) == []
     assert len(collect.task_passages("qasper", tmp_path, 3)) == 3
     text = rows[0]["context"]
     again = {**rows[0], "_id": "again", "context": "".join(map(chr, range(400, 700))) + text * 2}
     (tmp_path / "qasper.jsonl").write_text("\n".join(map(json.dumps, [rows[0], again])), encoding="utf-8")
     assert len(collect.task_passages("qasper", tmp_path, 99)) == 2
-    assert collect.task_passages("qasper", tmp_path, 99, left_out={"0"}) == [], "made of a left out context's text"
+    assert collect.task_passages("qasper", tmp_path, 99, left_out={text}) == [], "made of a left out context's text"
     groups = [[collect.Passage(kind, str(i)) for i in range(n)] for kind, n in (("a", 1), ("b", 3))]
     assert [p.kind + p.text for p in collect.take_turns(groups)] == ["a0", "b0", "b1", "b2"]
+
+
+def test_no_passage_shares_text_with_a_sample_of_another_task(tmp_path):
+    """A haystack may be the report of another task, or a page of a book."""
+    report, other = ("".join(map(chr, range(start, start + 300))) for start in (400, 1000))
+    row = {"_id": "0", "input": "q", "answers": ["a"], "length": 9, "language": "en", "all_classes": None}
+    for task, contexts in {"gov_report": [report], "needle": [report + "!", other]}.items():
+        lines = [json.dumps({**row, "_id": str(i), "context": c, "dataset": task}) for i, c in enumerate(contexts)]
+        (tmp_path / f"{task}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    sample = tmp_path / "sample.json"
+    tasks = {"gov_report": ["0"]}
+    content = {"tasks": tasks, "sha256": sample_sha256(tasks), "max_prompt_tokens": 99}
+    sample.write_text(json.dumps(content), encoding="utf-8")
+    left_out = collect.sample_contexts([sample], tmp_path)
+    assert left_out == {report}
+    assert [p.text for p in collect.task_passages("needle", tmp_path, 9, left_out=left_out)] == [other]
+    book, recipe = tmp_path / "book.txt", collect.Recipe(max_tokens=64)
+    book.write_text(" ".join(["w1"] * 80), encoding="utf-8")
+    assert len(collect.file_passages(book, 2, tiny_tokenizer(), recipe)) == 2
+    assert collect.file_passages(book, 2, tiny_tokenizer(), recipe, {" ".join(["w1"] * 90)}) == []
 
 
 def test_the_script_trains_a_gate_that_the_method_takes(model, tmp_path, monkeypatch):

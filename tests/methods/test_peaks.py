@@ -1,0 +1,58 @@
+"""Rows that are stored never exceed budget and chunk, counted in the buffers."""
+
+import pytest
+import torch
+from contract_runs import (
+    BUDGET,
+    CHUNK,
+    HEADS,
+    LAYERS,
+    SETTINGS,
+    STEPS,
+    TOKENS,
+    TURN,
+    is_whole,
+    model_of,
+    settings_of,
+    sized,
+)
+from tiny_models import prompt
+
+import asymkv
+from asymkv import CompressedCache
+
+CELLS = LAYERS * HEADS
+# Published shares ask for no budget.
+UNBOUNDED = {"duo_attention_paper", "razor_paper"}
+
+
+def bounded(name):
+    config = settings_of(name, budget=600)
+    return config.options.compresses and config.chunk and not is_whole(config) and name not in UNBOUNDED
+
+
+@pytest.fixture
+def most(monkeypatch):
+    """Rows of all layers and heads together, at every append and compaction."""
+    counts, measure = [], CompressedCache.measure
+
+    def count(cache, layer):
+        measure(cache, layer)
+        counts.append(sum(sum(each.storage.length) for each in cache.layers if each.is_initialized))
+
+    monkeypatch.setattr(CompressedCache, "measure", count)
+    return counts
+
+
+@pytest.mark.parametrize("name", filter(bounded, SETTINGS))
+def test_rows_never_exceed_budget_and_chunk(name, most):
+    """On the average of all heads, through a prompt, generated tokens and a second turn."""
+    config, ids, cache, at = sized(name, chunk=CHUNK, budget=BUDGET), prompt(TOKENS + STEPS + TURN), None, 0
+    with asymkv.replace("llama", config, model=model_of()), torch.no_grad():
+        for count in [TOKENS, *[1] * STEPS, TURN]:
+            cache = model_of()(ids[:, at : at + count], past_key_values=cache).past_key_values
+            at += count
+    spared = CHUNK if name == "asymkv_upstream" else 0  # its last chunk stays whole
+    assert max(most) <= CELLS * (BUDGET + config.chunk + spared)
+    if cache.deferred:
+        assert cache.peak_rows == max(most) / CELLS
