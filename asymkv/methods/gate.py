@@ -42,7 +42,7 @@ class GateMethod(Method):
 
     def defaults(self) -> dict[str, Any]:
         """One threshold for the whole cache; every head keeps a small share of the even budget."""
-        return {"layer_budgets": {"kind": "global", "floor": 0.1}}
+        return {"layer_budgets": {"kind": "global", "floor": 0.2}}
 
     def validate(self, config: CompressionConfig) -> None:
         """A gate knows keys and values in the model's own coordinates only.
