@@ -203,7 +203,7 @@ def grams_of(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> dic
     """
     grouped = queries.reshape(len(keys), -1, *queries.shape[1:])  # [H_kv, G, S, D]
     query, key, value = scale * grouped.float(), keys.float()[:, None], values.float()[:, None]
-    received, outputs = torch.zeros_like(key[..., 0]), torch.zeros_like(gram(keys))
+    received, outputs = torch.zeros_like(key[..., 0]), torch.zeros_like(gram(keys[:, :0]))
     for first in range(0, keys.shape[1], QUERIES):
         last = min(first + QUERIES, keys.shape[1])
         logits = query[:, :, first:last] @ key[:, :, :last].mT

@@ -190,7 +190,7 @@ def _pressing(model: PreTrainedModel, press: Any, input_ids: Tensor, cache: Pres
 
 @torch.no_grad()
 def press_together(
-    model: PreTrainedModel, presses: Sequence[Any], input_ids: Tensor
+    model: PreTrainedModel, presses: Sequence[Any], moves_keys: Sequence[bool], input_ids: Tensor
 ) -> tuple[list[PressedCache | None], Tensor]:
     """One prefill of ``input_ids [1, t]``, and the cache that each press would have left in a prefill of its own.
 
@@ -198,6 +198,7 @@ def press_together(
         model: a causal LM, with the attention implementation that the presses want.
         presses: of one :func:`asymkv.longbench.presses.prefill_key`: they see a layer once it has been computed, and
             leave what it computes as it is.
+        moves_keys: for each press, as in :meth:`PressedCache.settle`.
         input_ids: the prompt.
 
     Returns:
@@ -206,23 +207,26 @@ def press_together(
     caches: list[PressedCache | None] = [PressedCache() for _ in presses]
     masks: list[list[Masked]] = [[] for _ in presses]
 
+    def attempt(i: int, work: Callable[..., Any], *args: Any) -> None:
+        try:
+            work(*args)
+        except Exception as error:
+            logger.warning("%s fails in a shared prefill and is run alone: %s", type(presses[i]).__name__, error)
+            caches[i] = None
+
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         full = kwargs["past_key_values"].layers[module.layer_idx]
         for i, (press, own) in enumerate(zip(presses, caches, strict=True)):
             if own is not None:
                 own.update(full.keys, full.values, module.layer_idx)
                 module.masked_key_indices = None
-                try:
-                    press.forward_hook(module, args, {**kwargs, "past_key_values": own}, output)
-                except Exception as error:
-                    logger.warning("%s fails in a shared prefill and is run alone: %s", type(press).__name__, error)
-                    caches[i] = None
+                attempt(i, press.forward_hook, module, args, {**kwargs, "past_key_values": own}, output)
                 masks[i].append(module.masked_key_indices)
         module.masked_key_indices = None
         full.keys, full.values = full.keys[:, :, :0].clone(), full.values[:, :, :0].clone()  # read once, held by none
 
-    for press in presses:
-        press.post_init_from_model(model)
+    for i, press in enumerate(presses):
+        attempt(i, press.post_init_from_model, model)
     hooks = [module.register_forward_hook(hook, with_kwargs=True) for module in attentions(model)]
     for module in attentions(model):
         module.rotary_emb = model.model.rotary_emb  # as kvpress's own context does
@@ -231,9 +235,7 @@ def press_together(
     finally:
         for handle in hooks:
             handle.remove()
-    from asymkv.longbench.presses import moves_keys
-
-    for press, cache, own in zip(presses, caches, masks, strict=True):
+    for cache, own, moves in zip(caches, masks, moves_keys, strict=True):
         if cache is not None:
-            cache.settle(own, input_ids.shape[1], moves_keys=moves_keys(press))
+            cache.settle(own, input_ids.shape[1], moves_keys=moves)
     return caches, logits

@@ -133,7 +133,7 @@ def press_together(
     """
     presses = [build(spec, 1 - share) for spec, share in zip(specs, shares, strict=True)]
     with _attention(model, "eager" if _reads_attention(presses[0]) else None):
-        return pressed.press_together(model, presses, input_ids)
+        return pressed.press_together(model, presses, [moves_keys(press) for press in presses], input_ids)
 
 
 def _reads_attention(press: Any) -> bool:

@@ -17,7 +17,7 @@ from asymkv.longbench.data import Task
 from asymkv.longbench.measure import Protocol, Subject, measure
 from asymkv.longbench.models import ModelSpec
 from asymkv.longbench.press_arms import PressArm, PressError, PressSpec
-from asymkv.longbench.pressed import PressedCache, attentions, pressed
+from asymkv.longbench.pressed import PressedCache, attentions, press_together, pressed
 
 PROMPT, REST = prompt(60)[0].tolist(), prompt(20, seed=5)[0].tolist()
 
@@ -238,6 +238,27 @@ def test_scoring_changes_neither_the_cache_nor_the_model(lm, press):
     assert "forward" not in vars(lm) and not any(a._forward_pre_hooks for a in attentions(lm))
     assert not any(a.masked_key_indices for a in attentions(lm))
     assert torch.equal(lm(torch.tensor([PROMPT])).logits, before)
+
+
+@torch.no_grad()
+def test_a_press_that_fails_in_a_shared_prefill_takes_no_other_with_it(lm, press):
+    """Before the model runs, or in its second layer; what the others are given is what they leave alone."""
+    good, hiding, late, early = presses = KeepLast(30, 12), Hide(30, 12), KeepLast(30), KeepLast(30, 12)
+    for each in presses:
+        each.forward_hook, each.post_init_from_model = each.hook, lambda model: None
+    early.post_init_from_model = None  # cannot be called
+    caches, logits = press_together(lm, presses, [False] * 4, torch.tensor([PROMPT]))
+    assert caches[2:] == [None, None]
+    for made, cache in zip((good, hiding), caches, strict=False):
+        with press(lm, made):
+            alone = retention.compress(lm, PROMPT)
+        assert cache.settled and cache.tokens_seen == cache.next_position == len(PROMPT)
+        assert (cache.peak_rows, cache.peak_nbytes) == (alone.cache.peak_rows, alone.cache.peak_nbytes)
+        assert cache.hidden.keys() == alone.cache.hidden.keys() and torch.equal(logits, alone.last_logits)
+        for layer, expected in zip(cache.layers, alone.cache.layers, strict=True):
+            assert torch.equal(layer.keys, expected.keys) and torch.equal(layer.values, expected.values)
+        assert all(torch.equal(hidden, alone.cache.hidden[i]) for i, hidden in cache.hidden.items())
+    assert not any(a._forward_hooks or a.masked_key_indices for a in attentions(lm))
 
 
 def test_an_empty_cache_takes_no_room():
