@@ -17,6 +17,8 @@ OURS = "ours"
 ALIASES = {OURS: "aagc", "dynamickv": "dynamic_kv", "razor_attention": "razor"}
 METHOD_GROUP, STEP_GROUP = "methods", "steps"
 SUITE_KEYS = {"method", "defaults", "grids", "steps"}
+OF_A_STEP = ("name", "distilled", "against")  # what a step says beside its settings
+Cell = tuple[str, str, dict[str, Any], dict[str, str | None]]  # name, group, settings, other fields of a SuiteArm
 PRUNE_ONLY = "budget"  # value of a setting that follows the arm's budget
 
 
@@ -46,6 +48,7 @@ class SuiteArm:
         stride: own tokens of a forward.
         checkpoint: weights to measure with, None = the model as it is.
         weights: sha256 of the checkpoint, once it has been looked at.
+        against: a step that this one is compared with, None = the one before it.
     """
 
     name: str
@@ -54,6 +57,7 @@ class SuiteArm:
     stride: int
     checkpoint: str | None = None
     weights: str | None = None
+    against: str | None = None
 
     @property
     def identity(self) -> str:
@@ -86,7 +90,7 @@ def method_arms(names: Sequence[str], sizes: Sizes) -> Plan:
     labels = [Path(name).stem if name.endswith(".yaml") else name for name in names]
     if len(set(labels)) < len(labels):
         raise ValueError(f"methods must be named once; found {labels}")
-    return _plan((label, METHOD_GROUP, _settings(n, sizes), None) for label, n in zip(labels, names, strict=True))
+    return _plan((label, METHOD_GROUP, _settings(n, sizes), {}) for label, n in zip(labels, names, strict=True))
 
 
 def _settings(name: str, sizes: Sizes) -> dict[str, Any]:
@@ -101,7 +105,7 @@ def load_suite(path_or_name: str | Path) -> dict[str, Any]:
     """A yaml of ablations: the ``method``, its ``defaults``, ``grids`` (setting: values) and ``steps``.
 
     Raises:
-        ValueError: for unknown keys, or a step without a name.
+        ValueError: for unknown keys, a step without a name, or one that is compared with a step that there is not.
     """
     path = Path(path_or_name)
     path = path if path.is_file() else config_path(f"comparisons/{path_or_name}.yaml")
@@ -112,6 +116,10 @@ def load_suite(path_or_name: str | Path) -> dict[str, Any]:
     unnamed = [step for step in suite.get("steps", []) if "name" not in step]
     if unnamed:
         raise ValueError(f"{path.name}: steps need names; found {unnamed}")
+    names = [step["name"] for step in suite.get("steps", [])]
+    strange = [s["against"] for s in suite.get("steps", []) if s.get("against") not in (None, *names)]
+    if strange:
+        raise ValueError(f"{path.name}: a step is compared with another of {names}; found {strange}")
     return suite
 
 
@@ -120,39 +128,41 @@ def ablation_arms(suite: Mapping[str, Any], sizes: Sizes, checkpoint: str | None
 
     Args:
         suite: from :func:`load_suite`; a value "budget" is the arm's budget. A step with ``distilled: true`` runs on
-            the checkpoint, and is refused without one.
+            the checkpoint, and is refused without one; one with a ``method`` has that method's settings.
         sizes: the numbers that the grids vary around.
         checkpoint: weights that were trained under compression.
     """
     method = suite["method"]
     base = {**_settings(method, sizes), **suite.get("defaults", {}), **sizes.own.get(ALIASES.get(method, method), {})}
-    cells = [
-        (f"{setting}={value}", setting, {**base, setting: value}, None)
+    cells: list[Cell] = [
+        (f"{setting}={value}", setting, {**base, setting: value}, {})
         for setting, values in suite.get("grids", {}).items()
         for value in values
     ]
     plan = _plan(cells)
     steps, missing = [], {}
     for step in suite.get("steps", []):
-        own = {k: v for k, v in step.items() if k not in ("name", "distilled")}
+        own = {k: v for k, v in step.items() if k not in OF_A_STEP}
+        of_method = _settings(own["method"], sizes) if "method" in own else base
+        told = {"against": step.get("against"), "checkpoint": checkpoint if step.get("distilled") else None}
         if step.get("distilled") and checkpoint is None:
             missing[step["name"]] = "no checkpoint of scripts/train.py was given (--checkpoint)"
         else:
-            steps.append((step["name"], STEP_GROUP, {**base, **own}, checkpoint if step.get("distilled") else None))
+            steps.append((step["name"], STEP_GROUP, {**of_method, **own}, told))
     return plan + _plan(steps) + Plan([], missing)
 
 
-def _plan(cells: Iterable[tuple[str, str, dict[str, Any], str | None]]) -> Plan:
+def _plan(cells: Iterable[Cell]) -> Plan:
     arms, refused = [], {}
-    for name, group, settings, checkpoint in cells:
+    for name, group, settings, told in cells:
         try:
-            arms.append(_arm(name, group, settings, checkpoint))
+            arms.append(_arm(name, group, settings, **told))
         except ValueError as error:
             refused[name] = str(error)
     return Plan(arms, refused)
 
 
-def _arm(name: str, group: str, settings: dict[str, Any], checkpoint: str | None) -> SuiteArm:
+def _arm(name: str, group: str, settings: dict[str, Any], **told: str | None) -> SuiteArm:
     given = {k: (settings["budget"] if v == PRUNE_ONLY else v) for k, v in settings.items()}
     stride, method = given.pop("stride"), given.pop("method")
     config = CompressionConfig.named(method, **given)
@@ -160,4 +170,4 @@ def _arm(name: str, group: str, settings: dict[str, Any], checkpoint: str | None
         # What reads in chunks compacts after each of them; a chunk that is given, or set by the method, stays.
         config = config if config.chunk_size is not None else config.replace(chunk_size=stride)
         stride = config.chunk or stride
-    return SuiteArm(name, group, config, stride, checkpoint)
+    return SuiteArm(name, group, config, stride, **told)

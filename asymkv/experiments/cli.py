@@ -69,6 +69,8 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     add("--longbench_config", help="config/ folder of LongBench")
     add("--changed_prompts", action="store_true", help="those of --longbench_config may be others than LongBench's")
     add("--run_ablations", action="store_true", help="vary B, K, P and Delta, and take parts away")
+    add("--ablation_lengths", nargs="+", type=int,
+        help="tokens of the windows that ablations read; default: --max_length")
     add("--summarization_dataset", default="cnn_dailymail", help="dataset, or jsonl of articles")
 
 
@@ -91,7 +93,8 @@ def options_of(args: argparse.Namespace, **extra: Any) -> Options:
     return Options(
         model=args.model_name_or_path, out=args.output_dir, text=args.dataset_name,
         text_config=args.dataset_config,
-        lengths=tuple(args.sequence_lengths), ablation_length=args.max_length, samples=args.sample_size,
+        lengths=tuple(args.sequence_lengths), ablation_lengths=tuple(args.ablation_lengths or [args.max_length]),
+        samples=args.sample_size,
         batch=args.batch_size, decode_steps=args.decode_steps, longbench=tuple(args.longbench), data_dir=args.data_dir,
         longbench_config=args.longbench_config, changed_prompts=args.changed_prompts,
         dtype="float16" if args.fp16 else args.dtype, device=args.device,

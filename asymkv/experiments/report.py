@@ -88,20 +88,25 @@ def interval(values: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
 
 
 def gains(results: Mapping[str, Any]) -> list[Record]:
-    """What each step changes in loss against the one before, window by window, with its interval."""
+    """What each step changes in loss against the one before, or the one it names, with its interval over windows.
+
+    A row of each length, in nats a token.
+    """
     steps = [name for name, arm in results["arms"].items() if arm["group"] == STEP_GROUP]
-    losses: dict[str, dict[Any, float]] = defaultdict(dict)
+    losses: dict[str, dict[tuple[int, str], float]] = defaultdict(dict)
     for record in results["records"]:
         if record["kind"] == TEXT and record["arm"] in steps:
             losses[record["arm"]][record["length"], record["item"]] = record["nll_sum"] / record["scored_tokens"]
     rows = []
-    for before, after in zip(steps, steps[1:], strict=False):
-        common = sorted(losses[before].keys() & losses[after].keys())
-        if common:
-            change = np.array([losses[after][item] - losses[before][item] for item in common])
+    for previous, after in zip([None, *steps], steps, strict=False):
+        before = results["arms"][after].get("against") or previous
+        common = losses[before].keys() & losses[after].keys() if before else set()
+        for length in sorted({length for length, _ in common}):
+            items = sorted(item for n, item in common if n == length)
+            change = np.array([losses[after][length, item] - losses[before][length, item] for item in items])
             low, high = interval(change)
-            rows.append({"step": after, "against": before, "windows": len(common), "change": float(change.mean()),
-                         "low": low, "high": high})  # fmt: skip
+            rows.append({"step": after, "against": before, "length": length, "windows": len(items),
+                         "change": float(change.mean()), "low": low, "high": high})  # fmt: skip
     return rows
 
 
@@ -133,13 +138,12 @@ def _within(row: Record, name: str, digits: int) -> str:
     return f"{number(row[name], digits)} [{number(row['low'], digits)}, {number(row['high'], digits)}]"
 
 
-def length_table(summary: Sequence[Record]) -> str:
-    """Perplexity of the methods at every length."""
-    rows = [row for row in summary if row["group"] == METHOD_GROUP]
+def length_table(rows: Sequence[Record], first: str) -> str:
+    """Perplexity at every length."""
     lengths = sorted({row["length"] for row in rows})
     cells = {(row["arm"], row["length"]): _within(row, "perplexity", 2) for row in rows}
     names = list(dict.fromkeys(row["arm"] for row in rows))
-    return table_text(["method", *(f"{n:,} tokens" for n in lengths)],
+    return table_text([first, *(f"{n:,} tokens" for n in lengths)],
                       [[name, *(cells.get((name, n), "–") for n in lengths)] for name in names])  # fmt: skip
 
 
@@ -160,21 +164,20 @@ def cost_table(rows: Sequence[Record], first: str) -> str:
 def page(results: Mapping[str, Any], summary: Sequence[Record], drawn: Sequence[str]) -> str:
     """The results page."""
     parts = ["# Results", _conditions(results), DEFINITIONS]
-    methods = [row for row in summary if row["group"] == METHOD_GROUP]
-    if methods:
+    if methods := [row for row in summary if row["group"] == METHOD_GROUP]:
         longest = max(row["length"] for row in methods)
-        parts += ["## Perplexity against length", length_table(summary), f"## Bytes and speed at {longest:,} tokens",
+        parts += ["## Perplexity against length", length_table(methods, "method"),
+                  f"## Bytes and speed at {longest:,} tokens",
                   cost_table([row for row in methods if row["length"] == longest], "method")]  # fmt: skip
-    grids = list(dict.fromkeys(row["group"] for row in summary if row["group"] not in (METHOD_GROUP, STEP_GROUP)))
-    for group in grids:
-        parts += [f"## Ablation: {group}", cost_table([row for row in summary if row["group"] == group], group)]
-    steps = [row for row in summary if row["group"] == STEP_GROUP]
-    if steps:
-        parts += ["## What each part brings", cost_table(steps, "step")]
+    for group in dict.fromkeys(row["group"] for row in summary if row["group"] not in (METHOD_GROUP, STEP_GROUP)):
+        parts += [f"## Ablation: {group}", *_ablation([row for row in summary if row["group"] == group], group)]
+    if steps := [row for row in summary if row["group"] == STEP_GROUP]:
+        parts += ["## What each part brings", *_ablation(steps, "step")]
     if found := gains(results):
         parts += ["Change of the loss in nats against the step before, on the same windows:", table_text(
-            ["step", "against", "windows", "change [95 %]"],
-            [[r["step"], r["against"], str(r["windows"]), _within(r, "change", 4)] for r in found])]  # fmt: skip
+            ["step", "against", "tokens", "windows", "change [95 %]"],
+            [[r["step"], r["against"], f"{r['length']:,}", str(r["windows"]), _within(r, "change", 4)]
+             for r in found])]  # fmt: skip
     for kind, title, names in ((SUMMARY, "Summaries (ROUGE F1, %)", ROUGES), (LONGBENCH, "LongBench (scores, %)", ())):
         if scores := answers(results["records"], kind, names):
             parts += [f"## {title}", _score_table(scores)]
@@ -182,6 +185,12 @@ def page(results: Mapping[str, Any], summary: Sequence[Record], drawn: Sequence[
         parts += ["## Not measured", _missing(results)]
     parts += [f"![{name}]({PLOTS}/{name})" for name in drawn]
     return "\n\n".join(parts) + "\n"
+
+
+def _ablation(rows: Sequence[Record], first: str) -> list[str]:
+    """Tables of an ablation: perplexity over lengths where there are several, and the cost of each arm and length."""
+    several = len({row["length"] for row in rows}) > 1
+    return [length_table(rows, first)] * several + [cost_table(rows, first)]
 
 
 def _score_table(scores: Mapping[str, Mapping[str, list[float]]]) -> str:
@@ -210,7 +219,7 @@ def _told(arm: Mapping[str, Any]) -> dict[str, Any]:
 def plots(summary: Sequence[Record], folder: Path) -> list[str]:
     """Perplexity, tokens per second and bytes against length, and perplexity against bytes; names of the files.
 
-    Ablations, which have one length, are in the last of these only.
+    Ablations are in the last of these, those of parts in one of their own too if they were measured at several lengths.
     """
     from matplotlib.figure import Figure
 
@@ -219,10 +228,13 @@ def plots(summary: Sequence[Record], folder: Path) -> list[str]:
     methods = [row for row in summary if row["group"] == METHOD_GROUP]
     folder.mkdir(parents=True, exist_ok=True)
     longest = max(row["length"] for row in methods or summary)
+    steps = [row for row in summary if row["group"] == STEP_GROUP]
+    steps = steps if len({row["length"] for row in steps}) > 1 else []
     figures = {
         "perplexity_length.png": ("length", "tokens", "perplexity", "perplexity", methods),
         "bytes_perplexity.png": ("mib", "stored MiB", "perplexity", f"perplexity at {longest:,} tokens",
                                  [row for row in summary if row["length"] == longest]),
+        "steps_length.png": ("length", "tokens", "perplexity", "perplexity", steps),
         "tokens_per_second.png": ("length", "tokens", "tokens_per_second", "tokens read per second", methods),
         "memory.png": ("length", "tokens", "mib", "stored MiB", methods),
     }  # fmt: skip

@@ -43,7 +43,7 @@ class Options:
         out: folder of records and results.
         text: see :func:`asymkv.experiments.corpus.read_text`; ``text_config`` of a dataset.
         lengths: tokens of the windows that methods read.
-        ablation_length: tokens of those that ablations read.
+        ablation_lengths: tokens of those that ablations read; beyond the model's window, they read that.
         samples: windows of each length.
         batch: windows read at a time.
         decode_steps: generated tokens that are timed behind each window.
@@ -61,7 +61,7 @@ class Options:
     text: str
     text_config: str | None = None
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
-    ablation_length: int = 2048
+    ablation_lengths: tuple[int, ...] = (2048,)
     samples: int = 10
     batch: int = 1
     decode_steps: int = 16
@@ -202,11 +202,10 @@ class Suite:
         for length in sorted(self.options.lengths):
             if self._fits(f"{length:,} tokens", length, window):
                 yield from self._text_jobs(subject, length, methods_only=True)
-        length = min(self.options.ablation_length, window)
-        if any(arm.group != METHOD_GROUP for arm in self.plan.arms) and self._fits(
-            f"ablations at {length:,} tokens", length, window
-        ):
-            yield from self._text_jobs(subject, length, methods_only=False)
+        if any(arm.group != METHOD_GROUP for arm in self.plan.arms):
+            for length in sorted({min(n, window) for n in self.options.ablation_lengths}):
+                if self._fits(f"ablations at {length:,} tokens", length, window):
+                    yield from self._text_jobs(subject, length, methods_only=False)
         yield from self._summary_jobs(subject, window)
         yield from self._longbench_jobs(subject, window)
 
@@ -274,8 +273,8 @@ class Suite:
 
     def results(self) -> dict[str, Any]:
         """Records and what is to be said of them."""
-        arms = {arm.name: {"group": arm.group, "config": arm.config.to_dict(), "stride": arm.stride} for arm in
-                self.plan.arms}  # fmt: skip
+        arms = {arm.name: {"group": arm.group, "config": arm.config.to_dict(), "stride": arm.stride,
+                           "against": arm.against} for arm in self.plan.arms}  # fmt: skip
         wanted = set(arms)
         records = [r for r in self.folder.read() if r["arm"] in wanted]
         text = self.options.text

@@ -34,7 +34,7 @@ def text_file(tmp_path_factory) -> Path:
 
 
 def options_for(tiny_folder, text_file, out, **extra) -> Options:
-    given = {"lengths": (64,), "ablation_length": 64, "samples": 1, "decode_steps": 0, **extra}
+    given = {"lengths": (64,), "ablation_lengths": (64,), "samples": 1, "decode_steps": 0, **extra}
     return Options(model=str(tiny_folder), out=out, text=str(text_file), **given)
 
 
@@ -162,7 +162,7 @@ def test_a_changed_model_or_file_of_articles_is_another_setting(tmp_path, tiny_f
 # -- windows -----------------------------------------------------------------------------------------------------------
 def test_what_the_text_or_the_window_is_too_short_for_is_named_and_the_rest_measured(tiny_folder, text_file, tmp_path):
     plan = method_arms(["full"], SIZES) + ablation_arms({"method": "h2o", "grids": {"budget": [48]}}, SIZES)
-    options = options_for(tiny_folder, text_file, tmp_path, lengths=(64, 1500, 4096), ablation_length=1000)
+    options = options_for(tiny_folder, text_file, tmp_path, lengths=(64, 1500, 4096), ablation_lengths=(1000,))
     results = run_suite(options, plan)
     assert {record["length"] for record in results["records"]} == {64}
     told = results["skipped"]

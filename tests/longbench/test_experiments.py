@@ -42,7 +42,7 @@ def text_file(tmp_path_factory) -> Path:
 
 
 def options_for(tiny_folder, text_file, out, **extra) -> Options:
-    given = {"lengths": (128, 256, 4096), "ablation_length": 256, "samples": 2, "decode_steps": 2, **extra}
+    given = {"lengths": (128, 256, 4096), "ablation_lengths": (256,), "samples": 2, "decode_steps": 2, **extra}
     return Options(model=str(tiny_folder), out=out, text=str(text_file), **given)
 
 
@@ -82,11 +82,15 @@ def test_the_shipped_suite_names_the_settings_of_ours() -> None:
                          Sizes(1024, 512))  # fmt: skip
     assert [arm.config.budget for arm in plan.arms] == [256, 512, 1024, 2048, 4096]
     assert set(shipped["grids"]) == {"budget", "num_clusters", "pruning_interval", "lookback_window"}
-    assert [step["name"] for step in shipped["steps"]] == ["prune only", "+ clusters", "+ cardinality",
-                                                           "+ distillation"]  # fmt: skip
+    assert [step["name"] for step in shipped["steps"]] == [
+        "full cache", "prune only", "+ clusters", "+ cardinality", "+ distillation", "full cache, distilled"]
+    steps = {arm.name: arm for arm in ablation_arms({**shipped, "grids": {}}, Sizes(96, 64), "somewhere").arms}
+    assert steps["full cache, distilled"].against == "full cache" and steps["prune only"].against is None
+    assert steps["full cache"].config.method == "full" and steps["full cache, distilled"].checkpoint == "somewhere"
 
 
-@pytest.mark.parametrize("content", ["[1]", "{grids: {}}", "{method: h2o, gird: {}}", "{method: h2o, steps: [{}]}"])
+@pytest.mark.parametrize("content", ["[1]", "{grids: {}}", "{method: h2o, gird: {}}", "{method: h2o, steps: [{}]}",
+                                     "{method: h2o, steps: [{name: a, against: b}]}"])  # fmt: skip
 def test_bad_suites_are_named(tmp_path, content) -> None:
     path = tmp_path / "suite.yaml"
     path.write_text(content)
@@ -234,6 +238,24 @@ def test_a_distilled_step_runs_on_its_checkpoint(tiny_folder, text_file, tmp_pat
     assert row["windows"] == 2 and row["low"] <= row["change"] <= row["high"]
     with pytest.raises(ValueError, match="holds no weights: config.json or adapter_config.json"):
         load_weights(ModelSpec("tiny", str(tiny_folder), 2048), str(tmp_path / "nowhere"), "auto", "cpu")
+
+
+def test_ablations_read_windows_of_several_lengths(tiny_folder, text_file, tmp_path) -> None:
+    given = {"method": "h2o", "grids": {"budget": [48]}, "steps": [
+        {"name": "whole", "method": "full"}, {"name": "plain"},
+        {"name": "mean", "normalize": True, "against": "whole"}]}  # fmt: skip
+    options = options_for(tiny_folder, text_file, tmp_path, lengths=(), ablation_lengths=(256, 128))
+    results = run_suite(options, ablation_arms(given, SIZES))
+    lengths = {(r["arm"], r["length"]) for r in results["records"]}
+    assert {(arm, n) for arm in ("budget=48", "whole", "plain", "mean") for n in (128, 256)} <= lengths
+    losses = {(r["arm"], r["length"], r["item"]): r["nll_sum"] / r["scored_tokens"] for r in results["records"]}
+    found = {(row["step"], row["against"], row["length"]): row for row in report.gains(results)}
+    for step in ("plain", "mean"):
+        for n in (128, 256):
+            expected = np.mean([losses[step, n, i] - losses["whole", n, i] for i in "01"])
+            assert found[step, "whole", n]["change"] == pytest.approx(expected)
+    page = report.write_report(tmp_path, results).read_text()
+    assert "| step | 128 tokens | 256 tokens |" in page and "steps_length.png" in page
 
 
 def test_an_adapter_is_merged(tiny_folder, tmp_path) -> None:
