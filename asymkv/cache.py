@@ -22,6 +22,7 @@ from asymkv.ledger import BudgetLedger, cache_shape
 from asymkv.models import get_adapter
 from asymkv.models._compat import Cache, columns_to_crop
 from asymkv.ops import resolve_backend
+from asymkv.provenance import files_read
 from asymkv.rope import ProjectedRope, Rope
 
 if TYPE_CHECKING:
@@ -96,7 +97,6 @@ class CompressedCache(BudgetLedger, Cache):
         rope: the model's rotary embedding.
         heads: query heads per layer (for byte budgets; 0 = queries are not counted).
         projections: of every layer, where rows are stored in fewer dimensions; none = as they are.
-        basis_sha256: what those come from.
     """
 
     layers: list[CompressedLayer]  # type: ignore[assignment]
@@ -112,7 +112,6 @@ class CompressedCache(BudgetLedger, Cache):
         rope: Rope,
         heads: int = 0,
         projections: Sequence[Projection] = (),
-        basis_sha256: str | None = None,
     ) -> None:
         policy = config.positions
         super().__init__(layers=[CompressedLayer(i, policy) for i in range(num_layers)])
@@ -120,7 +119,7 @@ class CompressedCache(BudgetLedger, Cache):
         self.head_split = config.head_split
         self.layer_tokens: tuple[int, ...] | None = None
         self.projections = list(projections)
-        self.basis_sha256 = basis_sha256
+        self.files: dict[str, str] = {}  # what was measured of the model and read for this cache: sha256
         projected = any(p.keys is not None for p in projections)
         self.rope = ProjectedRope(rope.rotary) if projected else rope
         widths = [p.widths(head_dim) for p in projections] or [(head_dim, head_dim)] * num_layers
@@ -152,21 +151,21 @@ class CompressedCache(BudgetLedger, Cache):
         if not hasattr(rotary, "inv_freq"):
             raise ValueError(f"{type(model).__name__}: no rotary embedding; compressed caches need RoPE")
         heads = model.config.num_attention_heads
-        projections, basis = config.row_dimensions.prepare(model) if config.row_dimensions else ([], None)
-        cache = cls(
-            config,
-            num_layers=model.config.num_hidden_layers,
-            kv_heads=getattr(model.config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(model.config, "head_dim", None) or model.config.hidden_size // heads,
-            dtype=model.dtype,
-            rope=Rope(rotary),
-            heads=heads,
-            projections=projections,
-            basis_sha256=basis,
-        )
-        cache.head_split = config.head_split.prepare(model)
-        cache.layer_tokens = config.options.layer_tokens(model)
-        config.options.prepare_layers(model, cache.layers)
+        with files_read() as files:
+            cache = cls(
+                config,
+                num_layers=model.config.num_hidden_layers,
+                kv_heads=getattr(model.config, "num_key_value_heads", None) or heads,
+                head_dim=getattr(model.config, "head_dim", None) or model.config.hidden_size // heads,
+                dtype=model.dtype,
+                rope=Rope(rotary),
+                heads=heads,
+                projections=config.row_dimensions.prepare(model) if config.row_dimensions else (),
+            )
+            cache.head_split = config.head_split.prepare(model)
+            cache.layer_tokens = config.options.layer_tokens(model)
+            config.options.prepare_layers(model, cache.layers)
+        cache.files = files
         cache._model = weakref.ref(model)
         return cache
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from asymkv.files import sha256, write_atomic
 from asymkv.paths import cache_dir
+from asymkv.provenance import note
 
 FORMAT = "asymkv-head-scores-1"
 # What a file may hold. "induction" and "echo": attention on what followed, or equals, an earlier token; "kvzip",
@@ -98,6 +99,7 @@ def load(path: str | Path, model: PreTrainedModel | None = None) -> HeadScores:
         ValueError: for a file that is missing, damaged, of another format, or of another model.
     """
     content = read_checked(path, FORMAT, model, "head scores")
+    note(f"{content['kind']} scores", sha256(json.dumps(content["scores"]).encode()))
     return HeadScores(content["kind"], content["scores"], content["model"], content["measured"])
 
 
@@ -247,6 +249,7 @@ def read_pattern(folder: str | Path, model: PreTrainedModel | None = None) -> tu
     table = torch.tensor(rows, dtype=torch.double)
     if not rows or bool((table < 0).any() or (table > 1).any()):
         raise ValueError(f"{path} must hold numbers from 0 to 1; found {table.flatten().tolist()[:5]}")
+    note("head pattern", sha256(json.dumps(rows).encode()))
     return table, int(settings["sink_size"]), int(settings["recent_size"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from asymkv.files import sha256
 from asymkv.head_scores import default_path, model_of, read_checked, write_checked
+from asymkv.provenance import note
 
 FORMAT = "asymkv-layer-stages-1"
 KIND = "stages"  # name of the file, <kind>.json beside the head scores
@@ -51,6 +54,7 @@ def load(path: str | Path, model: PreTrainedModel | None = None) -> LayerStages:
         ValueError: for a file that is missing, damaged, of another format, or of another model.
     """
     content = read_checked(path, FORMAT, model, "stages")
+    note(KIND, sha256(json.dumps(content["stages"]).encode()))
     return LayerStages(content["stages"], content["model"], content["measured"])
 
 

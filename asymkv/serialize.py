@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from asymkv.config import CompressionConfig
+from asymkv.dimensions.basis import BASIS
 from asymkv.files import replace_file, sha256, sha256_file, write_atomic
 from asymkv.fingerprint import fingerprint
 from asymkv.observations import QueryRing
@@ -22,10 +24,11 @@ if TYPE_CHECKING:
     from asymkv.cache import CompressedCache
     from asymkv.layer import CompressedLayer
 
-FORMAT = "asymkv-cache-2"
+FORMAT = "asymkv-cache-3"
 MANIFEST = "cache.json"
 _STATE = ("prompt_tokens", "expected_prompt", "prompt_until", "pending", "compactions", "peak_rows", "peak_nbytes",
           "dialogue")  # fmt: skip
+logger = logging.getLogger(__name__)
 
 
 def save(cache: CompressedCache, path: str | Path, model: PreTrainedModel) -> None:
@@ -46,7 +49,7 @@ def save(cache: CompressedCache, path: str | Path, model: PreTrainedModel) -> No
             "format": FORMAT,
             "model": fingerprint(model),
             "config": cache.config.to_dict(),
-            "basis_sha256": cache.basis_sha256,
+            "files": cache.files,
             "tail": cache.tail.tolist(),
             "state": {key: getattr(cache, key) for key in _STATE},
             "layers": layers,
@@ -86,9 +89,7 @@ def load(path: str | Path, model: PreTrainedModel) -> CompressedCache:
         raise ValueError(f"{rows} is damaged: its sha256 is not the one in {MANIFEST}")
     tensors = load_file(rows, device=str(model.device))
     cache = CompressedCache.for_model(CompressionConfig(**manifest["config"]), model)
-    if cache.basis_sha256 != manifest.get("basis_sha256"):
-        raise ValueError(f"the rows in {folder} are in the coordinates of the basis {manifest.get('basis_sha256')}, "
-                         f"not of {cache.basis_sha256}; point dimensions.basis to the one that they were written with")
+    _check_files(folder, manifest["files"], cache.files)
     for name in _STATE:
         setattr(cache, name, manifest["state"][name])
     cache.tail = torch.tensor(manifest["tail"], dtype=torch.bool).view(len(cache.prompt_tokens), -1)
@@ -96,6 +97,17 @@ def load(path: str | Path, model: PreTrainedModel) -> CompressedCache:
         _unpack(layer, saved_layer, tensors)
     cache._bytes = [layer.nbytes for layer in cache.layers]
     return cache
+
+
+def _check_files(folder: Path, saved: dict[str, str], given: dict[str, str]) -> None:
+    """Raises ValueError for rows of another basis; rows that another gate or other head scores chose are as good."""
+    if saved.get(BASIS) != given.get(BASIS):
+        raise ValueError(f"the rows in {folder} are in the coordinates of the basis {saved.get(BASIS)}, not of "
+                         f"{given.get(BASIS)}; point dimensions.basis to the one that they were written with")
+    others = sorted(name for name in saved.keys() | given.keys() if saved.get(name) != given.get(name))
+    if others:
+        logger.warning("the cache in %s was compressed by another %s than is found now: later turns are compressed by "
+                       "what is found", folder, ", ".join(others))  # fmt: skip
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

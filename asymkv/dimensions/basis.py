@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 from asymkv.files import replace_file, sha256_file
 from asymkv.head_scores import model_of, read_checked, write_checked
 from asymkv.paths import cache_dir
+from asymkv.provenance import note
 
 FORMAT = "asymkv-zack-basis-2"
 TENSORS, MANIFEST = "basis.safetensors", "basis.json"
 LEAST_ENERGY = 1e-9  # of a direction, as a share of the largest: below it a sum of many squares in fp64 is noise
+BASIS = "zack basis"  # what it is called where files are told
 UNFINISHED = "unfinished.safetensors"  # sums of a calibration that has not come to its end
 
 
@@ -190,6 +192,7 @@ def load(source: str | Path | None, model: PreTrainedModel) -> Basis:
         raise ValueError(f"{folder} is incomplete: {TENSORS} is missing")
     if sha256_file(folder / TENSORS) != content["tensors_sha256"]:
         raise ValueError(f"{folder / TENSORS} is damaged: its sha256 is not the one in {MANIFEST}")
+    note(BASIS, content["tensors_sha256"])
     found: dict[str, dict[str, Tensor]] = {kind: {} for kind in OBJECTIVES}
     for name, tensor in load_file(folder / TENSORS).items():
         kind, _, part = name.partition(".")

@@ -109,8 +109,8 @@ class Zack:
         size = f"{self.ratio:g}" if self.ratio is not None else f"ranks={self.ranks!r}"
         return size if self.objective == "joint" else f"{size} ({self.objective})"
 
-    def prepare(self, model: PreTrainedModel) -> tuple[list[Projection], str]:
-        """The projections of a model's layers, and the sha256 of the basis that they come from.
+    def prepare(self, model: PreTrainedModel) -> list[Projection]:
+        """The projections of a model's layers.
 
         Raises:
             ValueError: where the basis is missing, damaged or of another model, ranks do not fit, or weights cannot be
@@ -128,7 +128,7 @@ class Zack:
                              "False")
         # Normal tensors even under inference_mode: a later turn outside it may need gradients through them.
         with torch.inference_mode(False), torch.no_grad():
-            return [self._placed(adapter, modules[i], cuts, model.dtype) for i, cuts in enumerate(layers)], basis.sha256
+            return [self._placed(adapter, modules[i], cuts, model.dtype) for i, cuts in enumerate(layers)]
 
     def _layers(self, basis: Basis) -> list[Projection]:
         """Each layer's directions, cut to its ranks, as they were saved."""

@@ -28,6 +28,7 @@ from asymkv.longbench.arms import ArmError
 from asymkv.longbench.data import load_rows, load_tasks
 from asymkv.longbench.measure import Protocol, Subject
 from asymkv.longbench.records import RecordFolder
+from asymkv.provenance import files_of
 
 TEXT, SUMMARY, LONGBENCH = "text", "summary", "longbench"
 KEY_FIELDS = ("kind", "arm", "length", "item")
@@ -269,6 +270,7 @@ class Suite:
         if self.options.summaries is not None and Path(self.options.summaries).is_file():
             settings["summaries_sha256"] = sha256_file(Path(self.options.summaries))
         settings["arms"] = {arm.name: json.loads(arm.identity) for arm in arms}
+        settings |= {f"files.{arm.name}": files_of(arm.config, model) or None for arm in arms}
         return json.loads(json.dumps(settings, default=str))
 
     def results(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from asymkv.files import replace_file
 from asymkv.head_scores import check_model, model_of
 from asymkv.paths import cache_dir, config_root
+from asymkv.provenance import note
 
 FORMAT = "asymkv-gate-1"
 ENTRY = "asymkv_gate"  # of the file's metadata
@@ -96,6 +97,11 @@ class Gate:
             values: ``[L, H_kv, T, D]``.
         """
         return log_score(self.weights, features(keys, values))
+
+    @functools.cached_property
+    def weights_sha256(self) -> str:
+        """Of the tensors alone, whatever the file says beside them."""
+        return _checksum({}, self.weights)
 
     def save(self, path: str | Path | None = None) -> Path:
         """Writes the file, whole or not at all; None: to where the method looks for it. Large weights become bf16.
@@ -174,6 +180,7 @@ def load(path: str | Path, model: PreTrainedModel | None = None) -> Gate:
     if differing:
         raise ValueError(f"{path} holds a gate of {gate.model.get('name')!r}, not of "
                          f"{model.config._name_or_path!r}: (file, given) {differing}")  # type: ignore[union-attr]
+    note("gate", gate.weights_sha256)
     return gate
 
 

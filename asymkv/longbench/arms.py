@@ -15,6 +15,7 @@ import yaml
 
 from asymkv.budgets import parse_bytes
 from asymkv.checks import PromptRefusedError
+from asymkv.provenance import files_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,6 +75,10 @@ class BaseArm(abc.ABC):
     def settings(self) -> dict[str, Any]:
         """All that the arm's numbers depend on, for a run's record."""
 
+    def files(self, model: PreTrainedModel) -> dict[str, str]:
+        """Sha256 of what was measured of the model beforehand and the settings lead to, by what it is."""
+        return {}
+
     @abc.abstractmethod
     def stored(self, cache: Any, model: PreTrainedModel) -> dict[str, Any]:
         """Rows and bytes that the cache of one sequence holds, and held at most; plain json types."""
@@ -127,6 +132,9 @@ class Arm(BaseArm):
 
     def settings(self) -> dict[str, Any]:
         return self.config.to_dict()
+
+    def files(self, model: PreTrainedModel) -> dict[str, str]:
+        return files_of(self.config, model)
 
     def stored(self, cache: CompressedCache, model: PreTrainedModel) -> dict[str, Any]:
         counts, tokens, stats = stored_rows(cache), int(cache.tokens_seen[0]), cache.stats()

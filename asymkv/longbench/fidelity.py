@@ -232,11 +232,14 @@ def run_settings(
     texts: Mapping[str, str] | None,
 ) -> Record:
     """Everything that the numbers depend on, for ``RecordFolder.claim``; ``contents``: digest of the sample's rows."""
-    arms = {}
+    arms: dict[str, Any] = {}
+    files: dict[str, Any] = {}  # apart from the arms' settings: folders from before they were told say nothing of them
     for cell in cells:
         # Neither the empty context nor a worker's own full cache, which is not recorded, has settings.
         if cell.bare or isinstance(cell, PressArm) and not cell.compresses:
             continue
+        if cell.name not in arms:
+            files[f"files.{cell.name}"] = cell.files(subject.model) or None
         arms[cell.name] = {k: v for k, v in cell.settings().items() if k not in ("ratio", "budget")}
     settings = {
         "experiment": experiment.name,
@@ -251,5 +254,6 @@ def run_settings(
         "texts": texts and texts_sha256(texts),
         "windows": texts and dataclasses.asdict(experiment.texts),
         "arms": arms,
+        **files,
     }
     return json.loads(json.dumps(settings, default=str))

@@ -328,7 +328,8 @@ def run_settings(arm: BaseArm, work: Work, subject: Subject) -> Record:
         settings[f"prompt.{dataset}"] = task.sha256
     # None would mean "says nothing" to the record folder; an unset budget is a statement.
     plain = json.loads(json.dumps(settings, default=str))
-    return {key: "none" if value is None else value for key, value in plain.items()}
+    plain = {key: "none" if value is None else value for key, value in plain.items()}
+    return {**plain, "config.files": arm.files(subject.model) or None}
 
 
 def conditions(subject: Subject, ranks: Ranks) -> Record:

@@ -133,3 +133,19 @@ def test_save_needs_the_model(tmp_path):
     gc.collect()
     with pytest.raises(ValueError, match="gone"):
         cache.save(tmp_path / "again")
+
+
+def test_a_cache_says_which_gate_chose_its_rows(tmp_path, caplog, monkeypatch):
+    """Its rows are as good as they were, but what comes is judged by another."""
+    from gate_files import random_gate
+
+    monkeypatch.setenv("ASYMKV_CACHE", str(tmp_path / "cached"))
+    model = tiny_model()
+    random_gate(model).save()
+    cache = make(model, tmp_path, method="gate")
+    asymkv.CompressedCache.load(tmp_path / "cache", model)
+    assert not caplog.records
+    random_gate(model, seed=1).save()
+    loaded = asymkv.CompressedCache.load(tmp_path / "cache", model)
+    assert_same_rows(cache, loaded)
+    assert "compressed by another gate than is found now" in caplog.text
