@@ -98,7 +98,7 @@ def attend(cache: CompressedCache, layer: CompressedLayer, q: Tensor, k: Tensor,
     q, k = rotate_new(cache, layer, step, rotary, q, k)
     if step.tape is not None:
         assert rotary is not None
-        return _taped(cache, layer, step, q, k, v, rotary, scale)
+        return taped_attention(cache, layer, step, q, k, v, rotary, scale)
     positions = step.on(q.device)[0]
     layer.append_packed(k, v, positions, step.counts, step.arrived)
     cache.measure(layer)
@@ -256,7 +256,7 @@ class TapeEntry:
     view: RowView
 
 
-def _taped(
+def taped_attention(
     cache: CompressedCache, layer: CompressedLayer, step: Step, q: Tensor, k: Tensor, v: Tensor, rotary: Tensor,
     scale: float,
 ) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,14 +15,23 @@ from asymkv.attention import Seen, TapeEntry, compact_due, is_due
 from asymkv.cache import CompressedCache, Step
 from asymkv.layer import CompressedLayer
 from asymkv.models.adapter import FamilyAdapter
-from asymkv.observations import attention_mass
+from asymkv.observations import attention_mass, statistic_dtype
+from asymkv.replay_scores import CURVATURE
 
 FISHER = "fisher"
 
 
-def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of a stored Fisher diagonal: squares need the range of fp32, not its digits."""
-    return dtype if dtype in (torch.float32, torch.float64) else torch.bfloat16
+@contextmanager
+def frozen(lm: PreTrainedModel) -> Iterator[None]:
+    """Weights without requires_grad, so that a backward pass keeps no activation for their sake; undone on leaving."""
+    trainable = [p for p in lm.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
 
 
 def loss_chunk(
@@ -93,6 +103,47 @@ def replay_chunk(
     return out
 
 
+def replay_chunk_fisher(
+    adapter: FamilyAdapter,
+    lm: PreTrainedModel,
+    cache: CompressedCache,
+    step: Step,
+    forward: Callable[[], Any],
+    ids: Tensor,
+    answers: Tensor,
+) -> None:
+    """One replay (``asymkv.reconstruction``) with its backward: the squared gradient of the loss of what is repeated.
+
+    Written, in pre-RoPE coordinates, to the ``curvature`` column of the rows that the replay scores.
+
+    Args:
+        step: with the replay; its tape is taken.
+        forward: runs the decoder on it.
+        ids: ``[B, t]`` the replay's tokens.
+        answers: ``[B]`` int64, tokens at the end of each row that repeat the text.
+    """
+    assert step.replay is not None
+    step.tape = {}
+    with torch.enable_grad(), frozen(lm):
+        hidden = forward().last_hidden_state
+        asked = torch.tensor(step.counts) - answers.cpu()
+        loss = _token_losses(adapter, lm, hidden, ids, step.counts, asked.tolist()).sum()
+        gradients = _key_gradients(loss, step.tape)
+    for layer in cache.layers:
+        gradient, entry = gradients[layer.index][0], step.tape.pop(layer.index)
+        assert gradient is not None and entry.past_rotary is not None  # the rows that are scored are stored
+        dtype = statistic_dtype(gradient.dtype)
+        layer.storage.add_column(CURVATURE, gradient.shape[-1:], dtype)
+        wide = gradient if dtype == torch.float64 else gradient.float()
+        square = cache.rope.rotate(wide, -entry.past_rotary).square().to(dtype)
+        position = layer.dense("position")
+        begin, end = (x.to(position.device)[:, None, None] for x in (step.replay.begin, step.replay.end))
+        scored = ((position >= begin) & (position < end))[..., None]
+        layer.storage.write(CURVATURE, torch.where(scored, square, layer.dense(CURVATURE)).flatten(0, 1))
+        cache.measure(layer)
+    step.tape = None
+
+
 def _compact_judged(
     cache: CompressedCache, layer: CompressedLayer, entry: TapeEntry, gradient: Tensor | None, step: Step
 ) -> None:
@@ -108,14 +159,21 @@ def _compact_judged(
 
 
 def _token_losses(
-    adapter: FamilyAdapter, lm: PreTrainedModel, hidden: Tensor, ids: Tensor, following: list[int]
+    adapter: FamilyAdapter, lm: PreTrainedModel, hidden: Tensor, ids: Tensor, following: list[int],
+    begin: list[int] | None = None,
 ) -> Tensor:
-    """Cross-entropy of the next token, summed per row ``[B]``, over positions whose next token is in ``ids``."""
+    """Cross-entropy of the next token, summed per row ``[B]``, over positions whose next token is in ``ids``.
+
+    ``begin``: own token of each row from which on tokens are to be predicted; None = from the second.
+    """  # fmt: skip
     width = min(hidden.shape[1], ids.shape[1] - 1)
     if width <= 0:
         return hidden.sum(dim=(1, 2)) * 0
     targets = ids[:, 1 : width + 1].to(hidden.device)
-    known = torch.arange(width, device=hidden.device) + 1 < torch.tensor(following, device=hidden.device)[:, None]
+    at = torch.arange(width, device=hidden.device) + 1
+    known = at < torch.tensor(following, device=hidden.device)[:, None]
+    if begin is not None:
+        known &= at >= torch.tensor(begin, device=hidden.device)[:, None]
     logits = adapter.logits(lm, hidden[:, :width]).float()
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return (losses.view_as(known) * known).sum(1)

@@ -15,10 +15,18 @@ import torch
 from torch import Tensor
 
 from asymkv.ops import rows as row_ops
+from asymkv.rope import Rope
 from asymkv.view import RowView
 
 BLOCK_ELEMENTS = 1 << 19  # logits in memory at a time: 2 MiB in fp32, the size of a core's cache
+# A pair's weight stays away from 0 and 1, so that a long run of pairs cannot hang on one of its members.
+WEIGHT_RANGE = (0.02, 0.98)
 QUERY_WINDOW = 32  # queries remembered in decode, where the method does not ask for more
+
+
+def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of a stored curvature of keys: squares need the range of fp32, not its digits."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.bfloat16
 
 
 class QueryRing:
@@ -211,17 +219,33 @@ def key_curvature(view: RowView) -> Tensor:
     Returns:
         ``[B, H_kv, T, D]``.
     """
-    half = view.keys.shape[-1] // 2
     square, product = (x.view(*view.valid.shape, -1) for x in _curvature_sums(view))
-    # Turning back by angle a: (q_d cos a + q_d' sin a)^2 and (q_d' cos a - q_d sin a)^2, expanded.
-    unit = torch.zeros_like(view.keys, dtype=square.dtype)
+    return turned_back(square, product, view.rope, view.rotary_positions) * view.scale**2
+
+
+def turned_back(square: Tensor, product: Tensor, rope: Rope, positions: Tensor) -> Tensor:
+    """Sums of squares of queries, turned back by the rotary position of each row.
+
+    Turning back by angle a gives (q_d cos a + q_d' sin a)^2 and (q_d' cos a - q_d sin a)^2, d' = d + D/2.
+
+    Args:
+        square: ``[..., T, D]``, sums of ``q_d^2``, the queries as they were rotated.
+        product: ``[..., T, D / 2]``, sums of ``q_d q_d'``.
+        rope: the model's.
+        positions: ``[..., T]`` that the rows' keys are rotated to.
+
+    Returns:
+        ``[..., T, D]`` >= 0.
+    """
+    half = square.shape[-1] // 2
+    unit = torch.zeros_like(square)
     unit[..., :half] = 1
-    turned = view.rope.rotate(unit, view.rotary_positions)
+    turned = rope.rotate(unit, positions)
     cos, sin = turned[..., :half], turned[..., half:]
     first, second = square[..., :half], square[..., half:]
     low = first * cos**2 + second * sin**2 + 2 * product * cos * sin
     high = second * cos**2 + first * sin**2 - 2 * product * cos * sin
-    return torch.cat((low, high), dim=-1).clamp(min=0) * view.scale**2
+    return torch.cat((low, high), dim=-1).clamp(min=0)
 
 
 def _curvature_sums(view: RowView) -> tuple[Tensor, Tensor]:

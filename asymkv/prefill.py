@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,8 +128,9 @@ def _check_mode(lm: PreTrainedModel, cache: CompressedCache, given: dict[str, An
                          "gradient_checkpointing_disable() or model.eval() (asymkv.distill checkpoints by chunk)")
     if lm.training and torch.is_grad_enabled():
         raise ValueError("a compressed cache is not differentiable: pass use_cache=False to train, or model.eval()")
-    if "loss" in cache.config.options.needs and torch.is_inference_mode_enabled():
-        raise ValueError("curvature='loss' needs autograd, which torch.inference_mode forbids; use torch.no_grad")
+    if cache.config.options.needs & {"loss", "replay_loss"} and torch.is_inference_mode_enabled():
+        raise ValueError("weights of keys by the loss (curvature='loss', merged_weights='loss') need autograd, which "
+                         "torch.inference_mode forbids; use torch.no_grad")  # fmt: skip
     if "stages" in cache.config.options.needs:
         if cache.layer_tokens is None:
             raise ValueError("stages belong to a model: make the cache with CompressedCache.for_model")
@@ -276,20 +276,7 @@ def _run_chunk(
         raise ValueError("curvature='loss' needs token ids to predict; found inputs_embeds")
     ids = call.layout.take(call.inputs, begin, min(end + 1, max(call.layout.counts)))
     following = [max(n - begin, 0) for n in call.layout.counts]
-    with frozen(lm):
+    with curvature.frozen(lm):
         if "replay" in needs:
             return curvature.replay_chunk(adapter, lm, cache, step, forward, ids)
         return curvature.loss_chunk(adapter, lm, cache, step, forward, ids, following)
-
-
-@contextmanager
-def frozen(lm: PreTrainedModel) -> Iterator[None]:
-    """Weights without requires_grad, so that a backward pass keeps no activation for their sake; undone on leaving."""
-    trainable = [p for p in lm.parameters() if p.requires_grad]
-    for p in trainable:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)

@@ -9,16 +9,17 @@ is stored. Which rows are judged is said by position: the cache may be compresse
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from asymkv.attention import Seen, compact_due, rotary_of_new, rotate_new, settle
+from asymkv.attention import Seen, compact_due, rotary_of_new, rotate_new, settle, taped_attention
 from asymkv.budgets.rows import resolve_rows
 from asymkv.cache import CompressedCache, Step
+from asymkv.curvature import replay_chunk_fisher
 from asymkv.layer import CompressedLayer
 from asymkv.models.adapter import FamilyAdapter
 from asymkv.ops import ragged_attention
@@ -77,14 +78,27 @@ class Replay:
         """  # fmt: skip
         step = cache.step
         assert step is not None
-        rotary = None if layer.policy == "original" else rotary_of_new(layer, step, k)
+        rotary = rotary_of_new(layer, step, k) if step.tape is not None or layer.policy != "original" else None
         q, k = rotate_new(cache, layer, step, rotary, q, k)
-        own, own_lse = causal_attention(q, k, v, scale)
-        past, past_lse = ragged_attention(q, layer, scale=scale, backend=cache.backend)
-        out = joined(past, past_lse, own, own_lse)
-        begin, end = (x.to(q.device).repeat_interleave(layer.kv_heads) for x in (self.begin, self.end))
-        self.scorer.score(layer, ReplayQueries(q, step.counts, out, past_lse, own_lse, hidden, scale), begin, end)
+        if step.tape is not None:
+            assert rotary is not None
+            out = taped_attention(cache, layer, step, q, k, v, rotary, scale)
+            past_lse = step.tape[layer.index].view.query_lse
+            assert past_lse is not None
+            own_lse = torch.full_like(past_lse, -torch.inf)  # the other one is over the replay too
+        else:
+            own, own_lse = causal_attention(q, k, v, scale)
+            past, past_lse = ragged_attention(q, layer, scale=scale, backend=cache.backend)
+            out = joined(past, past_lse, own, own_lse)
+        self._score(layer, ReplayQueries(
+            q.detach(), step.counts, out.detach(), past_lse, own_lse, hidden.detach(), scale, cache.rope))  # fmt: skip
         return out.to(q.dtype)
+
+    @torch.no_grad()
+    def _score(self, layer: CompressedLayer, seen: ReplayQueries) -> None:
+        """Writes what the scorer says of the range's rows."""
+        begin, end = (x.to(seen.q.device).repeat_interleave(layer.kv_heads) for x in (self.begin, self.end))
+        self.scorer.score(layer, seen, begin, end)
 
 
 @dataclass
@@ -174,15 +188,23 @@ def replay(
     ids = pad_sequence(inputs, batch_first=True)
     positions, tables = cache.next_positions(counts, ids.device, lm.dtype)
     begin, end = torch.tensor(ranges, device=ids.device).unbind(1)
-    cache.step = Step(counts, positions, tables, [], [], [], prompt=True, replay=Replay(begin, end, scorer))
-    present = cache.step.query_positions(ids.device) >= 0
-    adapter.decoder(lm)(
-        input_ids=ids,
-        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
-        position_ids=adapter.position_ids(lm, positions, present),
-        past_key_values=cache,
-        use_cache=True,
-    )
+    step = Step(counts, positions, tables, [], [], [], prompt=True, store=False, replay=Replay(begin, end, scorer))
+    cache.step = step
+    present = step.query_positions(ids.device) >= 0
+
+    def forward() -> Any:
+        return adapter.decoder(lm)(
+            input_ids=ids,
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
+            position_ids=adapter.position_ids(lm, positions, present),
+            past_key_values=cache,
+            use_cache=True,
+        )
+
+    if "replay_loss" in cache.config.options.needs:
+        replay_chunk_fisher(adapter, lm, cache, step, forward, ids, end - begin)
+    else:
+        forward()
 
 
 def _check_prefix(cache: CompressedCache, prefix: int, tokens: list[int]) -> None:

@@ -1,7 +1,8 @@
 """What the queries of a replay say about stored rows (``asymkv.reconstruction``).
 
-A scorer writes statistics of rows, fp32, that stay with them: ``SCORE``, what dropping a row costs, and, where rows may
-merge, ``PAIR``, what merging a row into the next one of its head costs.
+A scorer writes statistics of rows that stay with them: ``SCORE``, what dropping a row costs, and, where rows may merge,
+``PAIR``, what merging a row into the next one of its head costs, and what a merge weighs keys by: ``SHARE`` of a row's
+key in that pair, or ``CURVATURE`` of each of its dimensions.
 """
 
 from __future__ import annotations
@@ -14,16 +15,21 @@ import torch
 from torch import Tensor
 
 from asymkv.layer import CompressedLayer
+from asymkv.observations import WEIGHT_RANGE, PairCost, statistic_dtype, turned_back
+from asymkv.rope import Rope
 from asymkv.storage import RaggedStorage
 
 SCORE = "score"  # 0 = never judged
 PAIR = "pair"  # inf = there is no such pair any more
+SHARE = "share"  # 0 = unknown
+CURVATURE = "curvature"  # [D], before RoPE
 FAINTEST = 1e-30  # lowest score of a judged row: an underflow must not look like a row that was never judged
 # Logits in memory at a time: 16 MiB in fp32; on a CPU what its cache holds.
 BLOCK_ELEMENTS, BLOCK_ELEMENTS_CPU = 1 << 22, 1 << 18
 # What is left of a softmax counts as no less: o is v but for rounding where a row has all the attention.
 LEAST_REST = 1e-3
 CURRENCIES = ("attention", "output_error")
+MERGED_WEIGHTS = ("cardinality", "output_error", "output", "loss")
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class ReplayQueries:
         past_lse, own_lse: ``[B, H, t]``, log-sum-exp over the stored rows, and over the replay's own keys.
         hidden: ``[B, t, hidden_size]``, what the queries were projected from.
         scale: of the logits.
+        rope: what keys and queries were rotated by.
     """
 
     q: Tensor
@@ -46,6 +53,7 @@ class ReplayQueries:
     own_lse: Tensor
     hidden: Tensor
     scale: float
+    rope: Rope
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,10 +127,14 @@ class Displacement:
     Args:
         currency: "attention" or "output_error".
         pairs: also judge the merges.
+        weights: what a merge weighs keys by; "output_error": the share that displaces least of the output, which the
+            cost of the merge then is for; "output": the Gauss-Newton diagonal of the output. "cardinality" and "loss"
+            (:func:`asymkv.curvature.replay_chunk_fisher`) leave nothing here.
     """
 
     currency: str = "attention"
     pairs: bool = False
+    weights: str = "cardinality"
 
     def score(self, layer: CompressedLayer, seen: ReplayQueries, begin: Tensor, end: Tensor) -> None:
         """See :class:`Scorer`."""
@@ -133,21 +145,35 @@ class Displacement:
         rows = subset(storage, begin, end, 0)
         if not rows.place.shape[1]:
             return
-        work = _Costs(layer, seen, rows, self.currency)
-        drop, pair = work.largest(self.pairs)
+        work = _Costs(layer, seen, rows, self.currency == "output_error" or self.weights in ("output_error", "output"))
+        self._weigh(storage, work, rows, seen.rope)
+        drop, pair = work.largest(self.currency == "output_error", self.pairs)
         storage.columns[SCORE][rows.place[rows.scored]] = drop.clamp(min=FAINTEST)[rows.scored].float()
         if pair is not None:
             follows = torch.nn.functional.pad(rows.scored[:, 1:], (0, 1))
             pair = torch.where(follows, torch.nn.functional.pad(pair, (0, 1)), torch.inf)
             storage.columns[PAIR][rows.place[rows.scored]] = pair[rows.scored].float()
 
+    def _weigh(self, storage: RaggedStorage, work: _Costs, rows: Subset, rope: Rope) -> None:
+        """Writes what merges weigh keys by."""
+        place = rows.place[rows.scored]
+        if self.weights == "output_error":
+            work.share = work.best_share()
+            storage.add_column(SHARE, (), torch.float32)
+            known = torch.nn.functional.pad(work.share[:, 0, 0], (0, 1))
+            storage.columns[SHARE][place] = known[rows.scored].float()
+        elif self.weights == "output":
+            storage.add_column(CURVATURE, work.keys.shape[-1:], statistic_dtype(storage.columns["keys"].dtype))
+            found = work.curvature(rope, storage.columns["position"][rows.place])
+            storage.columns[CURVATURE][place] = found[rows.scored].to(storage.columns[CURVATURE].dtype)
+
 
 class _Costs:
     """Costs of the actions on W rows of N heads, over blocks of queries."""
 
-    def __init__(self, layer: CompressedLayer, seen: ReplayQueries, rows: Subset, currency: str) -> None:
+    def __init__(self, layer: CompressedLayer, seen: ReplayQueries, rows: Subset, outputs: bool) -> None:
         storage, dtype = layer.storage, seen.dtype
-        self.currency, self.rows = currency, rows
+        self.rows = rows
         self.queries = seen.per_head(seen.q, storage.heads) * seen.scale
         lse = seen.per_head(torch.logaddexp(seen.past_lse, seen.own_lse), storage.heads)
         absent = seen.absent().repeat_interleave(layer.kv_heads, 0)[:, None]
@@ -156,23 +182,58 @@ class _Costs:
         self.n = torch.where(rows.present, storage.columns["cardinality"][rows.place], 0).to(dtype)[:, None, None]
         total = self.n[..., 1:] + self.n[..., :-1]
         self.share = self.n[..., :-1] / total.clamp(min=1)
-        if currency == "output_error":
+        if outputs:
             self.values = through_output(layer, storage.columns["values"][rows.place].to(dtype))
             self.out = through_output(layer, seen.per_head(seen.out, storage.heads))
 
-    def largest(self, pairs: bool) -> tuple[Tensor, Tensor | None]:
+    def largest(self, by_output: bool, pairs: bool) -> tuple[Tensor, Tensor | None]:
         """Cost of dropping each row ``[N, W]``, and of merging each with the next ``[N, W - 1]``."""
         drop = self.keys.new_zeros(self.keys.shape[:2])
         pair = drop[:, 1:].clone() if pairs else None
         for part in query_blocks(self.queries, self.keys.shape[1]):
-            queries = self.queries[:, :, part]
-            per_token = torch.bmm(queries.flatten(1, 2), self.keys.transpose(1, 2)).view(*queries.shape[:3], -1)
-            per_token.sub_(self.lse[:, :, part, None])  # log probability of one token of each row
-            offset = None if self.currency == "attention" else self._offset(part)
+            per_token = self._per_token(part)
+            offset = self._offset(part) if by_output else None
             if pair is not None:
                 pair = pair.maximum(self._merge(per_token, offset).amax((1, 2)))
             drop = drop.maximum(self._drop(per_token, offset).amax((1, 2)))
         return drop, pair
+
+    def best_share(self) -> Tensor:
+        """Share of each row's key in its merge with the next that displaces least of the output, ``[N, 1, 1, W - 1]``.
+
+        Over all queries, to second order (specs of the method: section 5.9).
+        """
+        sums = [self.keys.new_zeros(len(self.keys), self.keys.shape[1] - 1) for _ in range(3)]
+        for part in query_blocks(self.queries, self.keys.shape[1]):
+            per_token = self._per_token(part)
+            apart = (per_token[..., 1:] - per_token[..., :-1]).square_()
+            p = per_token.exp_().mul_(self.n)
+            distance, mixed = self._offset(part)
+            energy, mixed = p.square().mul_(distance), mixed.mul_(p[..., :-1]).mul_(p[..., 1:])
+            for total, x in zip(sums, (energy[..., :-1], mixed, energy[..., 1:]), strict=True):
+                total.add_((apart * x).sum((1, 2)))
+        return PairCost(*sums).weight.clamp(*WEIGHT_RANGE)[:, None, None]
+
+    def curvature(self, rope: Rope, positions: Tensor) -> Tensor:
+        """Gauss-Newton diagonal of the output with respect to each key before RoPE, ``[N, W, D]``.
+
+        ``h_d = sum_q |p (v - o)|^2 (ds/dk_d)^2`` (specs of the method: section 5.4); positions ``[N, W]``.
+        """
+        half = self.keys.shape[-1] // 2
+        square, product = torch.zeros_like(self.keys), torch.zeros_like(self.keys[..., :half])
+        for part in query_blocks(self.queries, self.keys.shape[1]):
+            p = self._per_token(part).exp_().mul_(self.n)
+            energy = p.square_().mul_(self._offset(part)[0]).flatten(1, 2).transpose(1, 2)
+            q = self.queries[:, :, part].flatten(1, 2)  # scaled, as ds/dk is
+            square.baddbmm_(energy, q.square())
+            product.baddbmm_(energy, q[..., :half] * q[..., half:])
+        return turned_back(square, product, rope, positions)
+
+    def _per_token(self, part: slice) -> Tensor:
+        """Log probability of one token of each row, ``[N, G, t, W]``."""
+        queries = self.queries[:, :, part]
+        logits = torch.bmm(queries.flatten(1, 2), self.keys.transpose(1, 2)).view(*queries.shape[:3], -1)
+        return logits.sub_(self.lse[:, :, part, None])
 
     def _offset(self, part: slice) -> tuple[Tensor, Tensor]:
         """``|v - o|^2 [N, G, t, W]`` and ``(v_j - o)(v_k - o) [N, G, t, W - 1]``, through the output projection."""

@@ -14,7 +14,16 @@ from asymkv.checks import check_choice, check_flag, check_integer
 from asymkv.methods import upstream
 from asymkv.methods.base import Method
 from asymkv.methods.upstream import upstream_compact
-from asymkv.observations import PairCost, attention_mass, exposure, key_curvature, pair_cost, sampled
+from asymkv.observations import (
+    WEIGHT_RANGE,
+    PairCost,
+    attention_mass,
+    exposure,
+    key_curvature,
+    pair_cost,
+    sampled,
+    statistic_dtype,
+)
 from asymkv.plan import CompactionPlan, contract_pairs
 from asymkv.view import RowView
 
@@ -29,8 +38,6 @@ PAIR_RULES = ("attention", "output_error")
 
 # Share of the cardinality weight mixed into every curvature weight, and the curvature below which it takes over.
 MIX, VANISHING = 1e-5, 1e-30
-# A chain of pairwise weights is kept away from 0 and 1, so that a long run cannot hang on one of its members.
-PAIR_WEIGHT_RANGE = (0.02, 0.98)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +105,6 @@ class AsymKV(Method):
         """The Fisher diagonal rides along where decode may use it."""
         if "loss" not in self.needs or not config.decode_interval:
             return 0
-        from asymkv.curvature import statistic_dtype
-
         return head_dim * statistic_dtype(dtype).itemsize
 
     @property
@@ -125,7 +130,7 @@ class AsymKV(Method):
         """Leaves in ``view.evidence`` what the keys' weights are made of."""
         if self.key_weights == "output_error":
             assert cost is not None
-            view.evidence["pair_weight"] = cost.weight.clamp(*PAIR_WEIGHT_RANGE)
+            view.evidence["pair_weight"] = cost.weight.clamp(*WEIGHT_RANGE)
         elif self.key_weights == "attention":
             view.evidence["mean_attention"] = attention_mass(view) / exposure(view)
         elif self.key_weights == "curvature" and self.curvature == "output":
@@ -172,7 +177,7 @@ class AsymKV(Method):
     def key_weight(self, view: RowView, pairs: Tensor, destination: Tensor) -> Tensor | None:
         """Convex weights of keys, ``[B, H_kv, T]`` or ``[B, H_kv, T, D]``; None = cardinality."""
         if self.key_weights == "output_error":
-            return _chain_weights(view.evidence["pair_weight"], pairs, destination)
+            return chain_weights(view.evidence["pair_weight"], pairs, destination)
         if self.key_weights == "attention":
             return view.evidence["mean_attention"]
         if self.key_weights == "mean":
@@ -211,8 +216,17 @@ def group_sums(rows: Tensor, destination: Tensor) -> Tensor:
     return torch.zeros_like(rows).scatter_add_(2, index, rows).gather(2, index)
 
 
-def _chain_weights(weight: Tensor, pairs: Tensor, destination: Tensor) -> Tensor:
-    """Weights of the members of runs whose neighbours stand to each other as their pair weights say."""
+def chain_weights(weight: Tensor, pairs: Tensor, destination: Tensor) -> Tensor:
+    """Weights of the members of runs whose neighbours stand to each other as their pair weights say.
+
+    Args:
+        weight: ``[B, H_kv, T - 1]``, of row j in the pair of j and j + 1, between 0 and 1.
+        pairs: ``[B, H_kv, T - 1]`` bool, those that merge.
+        destination: ``[B, H_kv, T]`` of :func:`asymkv.plan.contract_pairs`.
+
+    Returns:
+        ``[B, H_kv, T]``, at most 1, not normalised.
+    """
     step = torch.where(pairs, torch.log1p(-weight) - torch.log(weight), 0)
     height = torch.nn.functional.pad(step.cumsum(-1), (1, 0))
     top = torch.full_like(height, -math.inf).scatter_reduce_(-1, destination, height, "amax")

@@ -33,8 +33,9 @@ class Method:
             ``mass``), "loss" (squared gradient of the chunk's loss, column ``fisher``), "replay" (the past is judged
             by the chunk before the chunk is stored), "whole_prompt" (judges only once the prompt is in),
             "raw_queries" (before RoPE), "output_weight" (the layer's output projection), "reconstruction" (what a chunk
-            of the prompt brought is replayed, and judged by the column ``score``: ``asymkv.reconstruction``), "stages"
-            (layers see no more of a prompt's tokens than :meth:`layer_tokens` says: ``asymkv.narrowing``).
+            of the prompt brought is replayed, and judged by the column ``score``: ``asymkv.reconstruction``),
+            "replay_loss" (squared gradient of the replay's loss, column ``curvature``), "stages" (layers see no more of
+            a prompt's tokens than :meth:`layer_tokens` says: ``asymkv.narrowing``).
         compresses: False for the full cache.
         splits_budget: whether budgets may differ between heads and layers: what to lose is chosen by :meth:`judge`.
     """

@@ -9,12 +9,22 @@ import torch
 from torch import Tensor
 
 from asymkv.checks import check_choice
-from asymkv.methods.asymkv import group_sums
+from asymkv.methods.asymkv import chain_weights, convex_weights, group_sums
 from asymkv.methods.asymkv_controls import group_shares
 from asymkv.methods.kvzip import KVzip
+from asymkv.observations import statistic_dtype
 from asymkv.plan import CompactionPlan, contract_pairs, keep_rows
 from asymkv.reconstruction import Wording
-from asymkv.replay_scores import CURRENCIES, PAIR, SCORE, Displacement, Scorer
+from asymkv.replay_scores import (
+    CURRENCIES,
+    CURVATURE,
+    MERGED_WEIGHTS,
+    PAIR,
+    SCORE,
+    SHARE,
+    Displacement,
+    Scorer,
+)
 from asymkv.view import RowView
 
 if TYPE_CHECKING:
@@ -43,6 +53,10 @@ class Echo(KVzip):
         merged_keys: where rows merge, average keys "pre_rope", turned to the merged row's position, or as they are
             stored ("post_rope").
         merged_position: a merged row's position, of its "last" member or the "mean" by cardinality.
+        merged_weights: what a merge weighs keys by: "cardinality"; "output_error", per pair the share that displaces
+            least of the attention's output; per dimension before RoPE, "output" (the Gauss-Newton diagonal of that
+            output) or "loss" (the squared gradient of the replay's LM loss: AsymKV's Fisher diagonal, one backward per
+            replay). Values always merge by cardinality.
     """
 
     title: ClassVar[str] = "Echo: chunk by chunk reconstruction, ours"
@@ -53,11 +67,15 @@ class Echo(KVzip):
     action: str = "drop"
     merged_keys: str = "pre_rope"
     merged_position: str = "last"
+    merged_weights: str = "cardinality"
 
     @property
     def needs(self) -> frozenset[str]:
         needs = super().needs - {"whole_prompt"}
-        return needs | {"output_weight"} if self.currency == "output_error" else needs
+        if self.merged_weights == "loss":
+            needs |= {"replay_loss"}
+        by_output = self.currency == "output_error" or self.merged_weights in ("output_error", "output")
+        return needs | {"output_weight"} if by_output else needs
 
     def defaults(self) -> dict[str, Any]:
         """KVzip's, but a window stays and no head is emptied: what is left of a chunk is what reads the next."""
@@ -72,7 +90,7 @@ class Echo(KVzip):
         """
         super().validate(config)
         choices = {"over": OVER, "currency": CURRENCIES, "action": ACTIONS, "merged_keys": MERGED_KEYS,
-                   "merged_position": MERGED_POSITIONS}  # fmt: skip
+                   "merged_position": MERGED_POSITIONS, "merged_weights": MERGED_WEIGHTS}  # fmt: skip
         for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)
         if self.over == "range" and (self.currency, self.action) != ("attention", "drop"):
@@ -82,24 +100,43 @@ class Echo(KVzip):
             raise ValueError("plus=True is a form of KVzip's score; it needs over='range', found over='stored'")
         if self.level == "head" and self.action != "drop":
             raise ValueError(f"level='head' drops rows; action must be 'drop', found {self.action!r}")
-        if self.action == "drop" and self._edits:
-            raise ValueError("merged_keys and merged_position say how rows merge, and action='drop' merges none; found "
-                             f"merged_keys={self.merged_keys!r}, merged_position={self.merged_position!r}")
-        if self._edits and config.positions != "original":
-            raise ValueError("merged_keys='post_rope' and merged_position='mean' need position_policy='original'; "
-                             f"found {config.positions!r}")
+        self._check_merges(config)
+
+    def _check_merges(self, config: CompressionConfig) -> None:
+        """Raises ValueError for ways to merge that go with nothing, or not together."""
+        merges = f"merged_keys={self.merged_keys!r}, merged_position={self.merged_position!r}, " \
+                 f"merged_weights={self.merged_weights!r}"  # fmt: skip
+        if self.action == "drop" and (self._edits or self.merged_weights != "cardinality"):
+            raise ValueError("merged_keys, merged_position and merged_weights say how rows merge, and action='drop' "
+                             f"merges none; found {merges}")
+        if (self._edits or self._by_dimension) and config.positions != "original":
+            raise ValueError("merged_keys='post_rope', merged_position='mean' and merged_weights of dimensions need "
+                             f"position_policy='original'; found {config.positions!r}")
+        if self._by_dimension and self.merged_keys == "post_rope":
+            raise ValueError("merged_weights='output' and 'loss' weigh dimensions as they are before RoPE; merged_keys "
+                             f"must be 'pre_rope'; found {merges}")
+        if self._by_dimension and config.dimensions is not None:
+            raise ValueError("merged_weights='output' and 'loss' weigh the model's own dimensions of a key; dimensions "
+                             f"must be None, found {config.dimensions!r}")
 
     @property
     def _edits(self) -> bool:
         return self.merged_keys == "post_rope" or self.merged_position == "mean"
 
+    @property
+    def _by_dimension(self) -> bool:
+        return self.merged_weights in ("output", "loss")
+
     def row_bytes(self, head_dim: int, dtype: torch.dtype, config: CompressionConfig) -> int:
-        """The score, and that of the pair."""
-        return 4 if self.action == "drop" else 8
+        """The score, that of the pair, and what a merge weighs the key by."""
+        weight = head_dim * statistic_dtype(dtype).itemsize if self._by_dimension else 4
+        return 4 if self.action == "drop" else 8 + weight * (self.merged_weights != "cardinality")
 
     def scorer(self, wording: Wording) -> Scorer:
         """What judges rows in a replay."""
-        return super().scorer(wording) if self.over == "range" else Displacement(self.currency, self.action != "drop")
+        if self.over == "range":
+            return super().scorer(wording)
+        return Displacement(self.currency, self.action != "drop", self.merged_weights)
 
     def judge(self, view: RowView) -> tuple[Tensor, Tensor]:
         """Cost of the cheaper action on each row; a merge needs a next row that may be touched."""
@@ -126,24 +163,38 @@ class Echo(KVzip):
         alone = ~gone & ~_shared(target)
         intact = alone & torch.nn.functional.pad(alone[..., 1:], (0, 1))
         view.statistics[PAIR] = torch.where(intact, view.statistics[PAIR], torch.inf)
+        weight = self._weights(view, joins[..., :-1], target)
+        if SHARE in view.statistics:
+            view.statistics[SHARE] = torch.where(intact, view.statistics[SHARE], 0)
         if not self._edits:
-            return CompactionPlan(torch.where(gone, -1, target))
-        self._merge_in_place(view, target)
+            return CompactionPlan(torch.where(gone, -1, target), weight)
+        self._merge_in_place(view, target, weight)
         index = torch.arange(target.shape[-1], device=target.device)
         return keep_rows((target == index) & ~gone)
 
-    def _merge_in_place(self, view: RowView, target: Tensor) -> None:
-        """Puts each run's means by cardinality into its last row, for merges that the executor does not know."""
+    def _weights(self, view: RowView, joins: Tensor, target: Tensor) -> Tensor | None:
+        """What keys are weighed by in their runs, ``[B, H_kv, T]`` or ``[B, H_kv, T, D]``; None = cardinality."""
+        if self._by_dimension and CURVATURE in view.statistics:
+            return convex_weights(view.statistics[CURVATURE], view.cardinality, target)
+        if self.merged_weights == "output_error" and SHARE in view.statistics:
+            n, share = view.cardinality.double(), view.statistics[SHARE][..., :-1].double()
+            even = n[..., :-1] / (n[..., :-1] + n[..., 1:]).clamp(min=1)
+            return chain_weights(torch.where(share > 0, share, even), joins, target)
+        return None
+
+    def _merge_in_place(self, view: RowView, target: Tensor, weight: Tensor | None) -> None:
+        """Puts each run's means into its last row, for merges that the executor does not know."""
         n = view.cardinality.double()
         total, share = group_sums(n[..., None], target), group_shares(n, target)
+        of_keys = share if weight is None else group_shares(weight.double(), target)
         touched = _shared(target)[..., None]
         at = view.positions
         if self.merged_position == "mean":
             at = torch.where(touched[..., 0], group_sums(share * at[..., None], target)[..., 0].round().int(), at)
         if self.merged_keys == "post_rope":
-            keys = group_sums(share * view.keys, target)
+            keys = group_sums(of_keys * view.keys, target)
         else:
-            means = group_sums(share * view.unrotate(view.keys), target)
+            means = group_sums(of_keys * view.unrotate(view.keys), target)
             keys = view.rope.rotate(means.to(view.keys.dtype), at.long())
         values = group_sums(share * view.values, target)
         view.keys = torch.where(touched, keys.to(view.keys.dtype), view.keys)

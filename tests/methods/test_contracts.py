@@ -29,7 +29,7 @@ from tiny_models import OPTIONS, assert_close, assert_same_rows, prompt
 
 import asymkv
 from asymkv.methods import METHODS
-from asymkv.replay_scores import PAIR, SCORE
+from asymkv.replay_scores import CURVATURE, PAIR, SCORE, SHARE
 
 CELLS = LAYERS * HEADS
 # Rows may differ from the budget, and by how many in the whole cache: (fewer, more); None = the budget is not asked.
@@ -52,11 +52,12 @@ MERGERS = {"aagc", "asymkv", "asymkv_symmetric", "cam", "d2o", "kvmerger", "razo
 KEYS_STAY = {"cam", "cam_streaming", "cam_counts", "value_merge", "value_merge_counts"}
 # Cardinalities of a head sum to its tokens.
 COUNTS_ALL = {"asymkv", "asymkv_zack", "asymkv_adaptive", "asymkv_paper", "asymkv_error", "asymkv_global",
-              "echo_mean", "echo_post", "kvmerger_counts", "razor", "razor_paper", "value_merge_counts",
+              "echo_fisher", "echo_mean", "echo_post", "echo_shares", "kvmerger_counts", "razor", "razor_paper",
+              "value_merge_counts",
               "full"}  # fmt: skip
 # A cardinality counts tokens, and some tokens are dropped with theirs.
 COUNTS_SOME = {"aagc", "aagc_derotate", "aagc_global", "aagc_layer", "aagc_options", "asymkv_upstream", "cam_counts",
-               "d2o_counts", "echo_both", "echo_error"}  # fmt: skip
+               "d2o_counts", "echo_both", "echo_error", "echo_newton"}  # fmt: skip
 
 
 @functools.cache
@@ -232,7 +233,7 @@ def test_chunks_leave_no_trace_where_nothing_is_lost(name):
         one, many = (c.layers[layer] for c in caches)
         assert one.storage.columns.keys() == many.storage.columns.keys()
         # A chunk is what is replayed: that scores follow it is the method.
-        judged = {SCORE, PAIR} if "reconstruction" in caches[0].config.options.needs else set()
+        judged = {SCORE, PAIR, SHARE, CURVATURE} if "reconstruction" in caches[0].config.options.needs else set()
         for column in one.storage.columns.keys() - judged:
             assert_close(column, one.dense(column), many.dense(column), 1e-5)
 

@@ -119,6 +119,11 @@ def test_chunks_are_judged_by_their_own_replay_and_keep_their_scores():
     ({"level": "head", "action": "both"}, "action must be 'drop', found 'both'"),
     ({"merged_keys": "post_rope"}, "action='drop' merges none; found merged_keys='post_rope'"),
     ({"merged_position": "mean"}, "action='drop' merges none; found .*merged_position='mean'"),
+    ({"merged_weights": "loss"}, "action='drop' merges none; found .*merged_weights='loss'"),
+    ({"merged_weights": "fisher", "action": "merge"}, "merged_weights='fisher'.*cardinality"),
+    ({"merged_weights": "output", "action": "merge", "merged_keys": "post_rope"}, "merged_keys must be 'pre_rope'"),
+    ({"merged_weights": "output", "action": "merge", "position_policy": "compact"}, "position_policy='original'"),
+    ({"merged_weights": "loss", "action": "merge", "dimensions": "zack"}, "dimensions must be None, found 'zack'"),
 ], ids=str)  # fmt: skip
 def test_settings_that_do_not_go_together(settings, message):
     with pytest.raises(ValueError, match=message):
