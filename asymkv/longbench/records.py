@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -194,5 +194,18 @@ def conflicts(old: Record, new: Record) -> Iterator[str]:
 
 
 def _said(arm: Any) -> Any:
-    """An arm's settings without those left open: a later version may know more of them."""
-    return {name: value for name, value in arm.items() if value is not None} if isinstance(arm, dict) else arm
+    """An arm's settings without those left open, and with the defaults of its method.
+
+    A later version may know more of a method's options: a folder that does not name one was measured at its default.
+    """
+    from asymkv.methods import METHODS
+
+    if isinstance(arm, list):
+        return [_said(each) for each in arm]
+    if not isinstance(arm, dict):
+        return arm
+    method = METHODS.get(str(arm.get("method")))
+    options = {f.name: f.default for f in fields(method) if f.init and f.default is not MISSING} if method else {}
+    given = {name: value for name, value in arm.items() if value is not None}
+    plain = json.loads(json.dumps({**options, **given}, default=str))
+    return {name: value for name, value in plain.items() if value is not None}

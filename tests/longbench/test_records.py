@@ -26,6 +26,19 @@ def test_a_setting_that_a_later_version_leaves_open_is_no_other_setting(tmp_path
         folder.claim({"arms": {"merge": {"method": "asymkv", "chunk_size": 64}}}, {})
 
 
+@pytest.mark.parametrize("wrapped", [dict, lambda arm: [arm, 128, None]], ids=["settings", "identity"])
+def test_an_option_that_an_older_folder_does_not_know_was_at_its_default(tmp_path, wrapped):
+    folder = RecordFolder(tmp_path, tuple)
+    folder.claim({"arms": {"merge": wrapped({"method": "echo", "action": "merge"})}}, {})
+    folder.claim({"arms": {"merge": wrapped({"method": "echo", "action": "merge", "merged_position": "last"})}}, {})
+    with pytest.raises(ValueError, match="arms.merge differ"):
+        folder.claim({"arms": {"merge": wrapped({"method": "echo", "action": "merge", "level": "head"})}}, {})
+    other = RecordFolder(tmp_path / "other", tuple)
+    other.claim({"arms": {"merge": wrapped({"method": "echo", "action": "merge"})}}, {})
+    with pytest.raises(ValueError, match="arms.merge differ"):
+        other.claim({"arms": {"merge": wrapped({"method": "echo", "action": "merge", "merged_position": "mean"})}}, {})
+
+
 @pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2"])
 def test_bad_shards_raise(text):
     with pytest.raises(ValueError, match="shard"):
