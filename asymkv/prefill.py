@@ -129,8 +129,8 @@ def _check_mode(lm: PreTrainedModel, cache: CompressedCache, given: dict[str, An
     if lm.training and torch.is_grad_enabled():
         raise ValueError("a compressed cache is not differentiable: pass use_cache=False to train, or model.eval()")
     if cache.config.options.needs & {"loss", "replay_loss"} and torch.is_inference_mode_enabled():
-        raise ValueError("weights of keys by the loss (curvature='loss', merged_weights='loss') need autograd, which "
-                         "torch.inference_mode forbids; use torch.no_grad")  # fmt: skip
+        name = "curvature" if "loss" in cache.config.options.needs else "merged_weights"
+        raise ValueError(f"{name}='loss' needs autograd, which torch.inference_mode forbids; use torch.no_grad")
     if "stages" in cache.config.options.needs:
         if cache.layer_tokens is None:
             raise ValueError("stages belong to a model: make the cache with CompressedCache.for_model")

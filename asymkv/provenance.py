@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
+from asymkv.files import sha256 as hash_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -27,10 +29,11 @@ def files_read() -> Iterator[dict[str, str]]:
 
 
 def note(what: str, sha256: str) -> None:
-    """A loader says what it has read and checked."""
+    """A loader says what it has read and checked; several files that hold the same kind count in their order."""
     found = _reading.get()
     if found is not None:
-        found[what] = sha256
+        before = found.get(what)
+        found[what] = sha256 if before in (None, sha256) else hash_of(f"{before} {sha256}".encode())
 
 
 def files_of(config: CompressionConfig, model: PreTrainedModel) -> dict[str, str]:
@@ -38,9 +41,11 @@ def files_of(config: CompressionConfig, model: PreTrainedModel) -> dict[str, str
 
     A path in a setting, or the user's cache folder, says nothing of what lies there today.
     """
+    from torch import OutOfMemoryError
+
     from asymkv.cache import CompressedCache
 
     try:
         return CompressedCache.for_model(config, model).files
-    except ValueError:
+    except (ValueError, OSError, ImportError, OutOfMemoryError):
         return {}

@@ -92,13 +92,15 @@ class Replay:
             out = joined(past, past_lse, own, own_lse)
         self._score(layer, ReplayQueries(
             q.detach(), step.counts, out.detach(), past_lse, own_lse, hidden.detach(), scale, cache.rope))  # fmt: skip
+        cache.measure(layer)
         return out.to(q.dtype)
 
     @torch.no_grad()
     def _score(self, layer: CompressedLayer, seen: ReplayQueries) -> None:
-        """Writes what the scorer says of the range's rows."""
+        """Writes what the scorer says of the range's rows, in the dtype of its arithmetic, autocast or not."""
         begin, end = (x.to(seen.q.device).repeat_interleave(layer.kv_heads) for x in (self.begin, self.end))
-        self.scorer.score(layer, seen, begin, end)
+        with torch.autocast(seen.q.device.type, enabled=False):
+            self.scorer.score(layer, seen, begin, end)
 
 
 @dataclass

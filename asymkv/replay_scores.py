@@ -40,7 +40,8 @@ class ReplayQueries:
         q: ``[B, H, t, D]``, rotated.
         counts: tokens per row of the batch.
         out: ``[B, H, t, D]``, the attention output over everything stored and the replay itself.
-        past_lse, own_lse: ``[B, H, t]``, log-sum-exp over the stored rows, and over the replay's own keys.
+        past_lse, own_lse: ``[B, H, t]``, log-sum-exp over the stored rows, and over the replay's own keys; with a tape
+            the first is over both and the second -inf, for scorers that ask for no more than their sum.
         hidden: ``[B, t, hidden_size]``, what the queries were projected from.
         scale: of the logits.
         rope: what keys and queries were rotated by.
@@ -160,7 +161,8 @@ class Displacement:
         if self.weights == "output_error":
             work.share = work.best_share()
             storage.add_column(SHARE, (), torch.float32)
-            known = torch.nn.functional.pad(work.share[:, 0, 0], (0, 1))
+            follows = torch.nn.functional.pad(rows.scored[:, 1:], (0, 1))
+            known = torch.where(follows, torch.nn.functional.pad(work.share[:, 0, 0], (0, 1)), 0)
             storage.columns[SHARE][place] = known[rows.scored].float()
         elif self.weights == "output":
             storage.add_column(CURVATURE, work.keys.shape[-1:], statistic_dtype(storage.columns["keys"].dtype))

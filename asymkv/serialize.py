@@ -90,6 +90,7 @@ def load(path: str | Path, model: PreTrainedModel) -> CompressedCache:
     tensors = load_file(rows, device=str(model.device))
     cache = CompressedCache.for_model(CompressionConfig(**manifest["config"]), model)
     _check_files(folder, manifest["files"], cache.files)
+    cache.files = manifest["files"]  # what chose its rows, should it be saved again
     for name in _STATE:
         setattr(cache, name, manifest["state"][name])
     cache.tail = torch.tensor(manifest["tail"], dtype=torch.bool).view(len(cache.prompt_tokens), -1)

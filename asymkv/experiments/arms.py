@@ -117,9 +117,10 @@ def load_suite(path_or_name: str | Path) -> dict[str, Any]:
     if unnamed:
         raise ValueError(f"{path.name}: steps need names; found {unnamed}")
     names = [step["name"] for step in suite.get("steps", [])]
-    strange = [s["against"] for s in suite.get("steps", []) if s.get("against") not in (None, *names)]
-    if strange:
-        raise ValueError(f"{path.name}: a step is compared with another of {names}; found {strange}")
+    for step in suite.get("steps", []):
+        others = [name for name in names if name != step["name"]]
+        if step.get("against") not in (None, *others):
+            raise ValueError(f"{path.name}: {step['name']!r} can be compared with {others}; found {step['against']!r}")
     return suite
 
 
@@ -148,7 +149,7 @@ def ablation_arms(suite: Mapping[str, Any], sizes: Sizes, checkpoint: str | None
         if step.get("distilled") and checkpoint is None:
             missing[step["name"]] = "no checkpoint of scripts/train.py was given (--checkpoint)"
         else:
-            steps.append((step["name"], STEP_GROUP, {**of_method, **own}, told))
+            steps.append((step["name"], STEP_GROUP, {**of_method, **own, "method": of_method["method"]}, told))
     return plan + _plan(steps) + Plan([], missing)
 
 

@@ -174,7 +174,7 @@ def page(results: Mapping[str, Any], summary: Sequence[Record], drawn: Sequence[
     if steps := [row for row in summary if row["group"] == STEP_GROUP]:
         parts += ["## What each part brings", *_ablation(steps, "step")]
     if found := gains(results):
-        parts += ["Change of the loss in nats against the step before, on the same windows:", table_text(
+        parts += ["Change of the loss in nats a token, on the same windows:", table_text(
             ["step", "against", "tokens", "windows", "change [95 %]"],
             [[r["step"], r["against"], f"{r['length']:,}", str(r["windows"]), _within(r, "change", 4)]
              for r in found])]  # fmt: skip

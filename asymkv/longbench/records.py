@@ -87,6 +87,7 @@ class RecordFolder:
                 this one would write.
         """
         self.refuse_other(settings)
+        settings = _untold(merged_settings(self.runs()), settings)
         if exclusive:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
@@ -184,8 +185,18 @@ def _merged(old: Record, new: Record) -> Record:
     return {**new, **old, **known, "arms": {**old.get("arms", {}), **new.get("arms", {})}}
 
 
+def _untold(old: Record, new: Record) -> Record:
+    """New settings without the files of arms that were measured before anyone wrote down which files they read.
+
+    Those may have been others than today's: a folder goes on saying nothing of them.
+    """
+    measured = {f"files.{name}" for name in old.get("arms", {})} | ({"config.files"} if old else set())
+    return {name: None if name in measured and name not in old else value for name, value in new.items()}
+
+
 def conflicts(old: Record, new: Record) -> Iterator[str]:
     """Names of entries that both settings have, with different values."""
+    old, new = _with_options(old), _with_options(new)
     for name in old.keys() & new.keys() - {"arms", "experiment"}:
         if old[name] is not None and new[name] is not None and old[name] != new[name]:
             yield name
@@ -198,14 +209,23 @@ def _said(arm: Any) -> Any:
 
     A later version may know more of a method's options: a folder that does not name one was measured at its default.
     """
-    from asymkv.methods import METHODS
-
     if isinstance(arm, list):
         return [_said(each) for each in arm]
     if not isinstance(arm, dict):
         return arm
-    method = METHODS.get(str(arm.get("method")))
-    options = {f.name: f.default for f in fields(method) if f.init and f.default is not MISSING} if method else {}
-    given = {name: value for name, value in arm.items() if value is not None}
-    plain = json.loads(json.dumps({**options, **given}, default=str))
-    return {name: value for name, value in plain.items() if value is not None}
+    return {name: value for name, value in {**_options(arm.get("method")), **arm}.items() if value is not None}
+
+
+def _with_options(settings: Record) -> Record:
+    """Flat settings of one arm, ``config.<name>``, with the defaults of its method; others as they are."""
+    options = _options(settings.get("config.method"))
+    return {**{f"config.{name}": "none" if x is None else x for name, x in options.items()}, **settings}
+
+
+def _options(method: Any) -> Record:
+    """A method's own options and their defaults, as json has them; nothing for one that is not ours."""
+    from asymkv.methods import METHODS
+
+    found = METHODS.get(str(method))
+    options = {f.name: f.default for f in fields(found) if f.init and f.default is not MISSING} if found else {}
+    return json.loads(json.dumps(options, default=str))

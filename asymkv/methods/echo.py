@@ -201,8 +201,10 @@ class Echo(KVzip):
         view.values = torch.where(touched, values.to(view.values.dtype), view.values)
         view.cardinality = torch.where(touched[..., 0], total[..., 0].int(), view.cardinality)
         view.positions = at
-        score = group_sums(view.statistics[SCORE][..., None], target)[..., 0]
-        view.statistics[SCORE] = torch.where(touched[..., 0], score, view.statistics[SCORE])
+        for name in {SCORE, CURVATURE} & view.statistics.keys():  # as the executor adds them
+            column = view.statistics[name].reshape(*target.shape, -1)
+            sums = group_sums(column.to(torch.promote_types(column.dtype, torch.float32)), target)
+            view.statistics[name] = torch.where(touched, sums.to(column.dtype), column).view_as(view.statistics[name])
 
 
 def _shared(target: Tensor) -> Tensor:

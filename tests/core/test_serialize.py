@@ -149,3 +149,7 @@ def test_a_cache_says_which_gate_chose_its_rows(tmp_path, caplog, monkeypatch):
     loaded = asymkv.CompressedCache.load(tmp_path / "cache", model)
     assert_same_rows(cache, loaded)
     assert "compressed by another gate than is found now" in caplog.text
+    caplog.clear()
+    loaded.save(tmp_path / "again")
+    asymkv.CompressedCache.load(tmp_path / "again", model)
+    assert "compressed by another gate than is found now" in caplog.text, "the rows are still the first gate's"

@@ -86,11 +86,14 @@ def test_the_shipped_suite_names_the_settings_of_ours() -> None:
         "full cache", "prune only", "+ clusters", "+ cardinality", "+ distillation", "full cache, distilled"]
     steps = {arm.name: arm for arm in ablation_arms({**shipped, "grids": {}}, Sizes(96, 64), "somewhere").arms}
     assert steps["full cache, distilled"].against == "full cache" and steps["prune only"].against is None
+    aliased = ablation_arms({"method": "h2o", "steps": [{"name": "a", "method": "razor_attention"}]}, SIZES)
+    assert aliased.arms[0].config.method == "razor" and not aliased.refused
     assert steps["full cache"].config.method == "full" and steps["full cache, distilled"].checkpoint == "somewhere"
 
 
 @pytest.mark.parametrize("content", ["[1]", "{grids: {}}", "{method: h2o, gird: {}}", "{method: h2o, steps: [{}]}",
-                                     "{method: h2o, steps: [{name: a, against: b}]}"])  # fmt: skip
+                                     "{method: h2o, steps: [{name: a, against: b}]}",
+                                     "{method: h2o, steps: [{name: a, against: a}]}"])  # fmt: skip
 def test_bad_suites_are_named(tmp_path, content) -> None:
     path = tmp_path / "suite.yaml"
     path.write_text(content)

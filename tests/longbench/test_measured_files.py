@@ -44,6 +44,11 @@ def test_what_a_cache_reads_is_told_by_content(model, tmp_path: Path, monkeypatc
     random_gate(model, seed=1).save()
     save_scores(model, 0.125)
     assert files_of(gate, model) != before[0] and files_of(razor, model) != before[1]
+    of_a_kind = [HeadScores("kvzip", [[x, 0.5], [0.75, 1.0]], model_of(model)).save(tmp_path / f"{x}.json")
+                 for x in (0.25, 0.5, 0.75)]  # fmt: skip
+    pairs = [CompressionConfig("razor", ratio=0.5, head_scores={"induction": str(a), "echo": str(of_a_kind[2])})
+             for a in of_a_kind[:2]]  # fmt: skip
+    assert files_of(pairs[0], model) != files_of(pairs[1], model)
     monkeypatch.setenv("ASYMKV_CACHE", str(tmp_path / "nothing"))
     assert files_of(gate, model) == {}  # the run that wants it tells why it cannot be had
 

@@ -39,6 +39,35 @@ def test_an_option_that_an_older_folder_does_not_know_was_at_its_default(tmp_pat
         other.claim({"arms": {"merge": wrapped({"method": "echo", "action": "merge", "merged_position": "mean"})}}, {})
 
 
+def test_an_option_that_is_left_open_is_not_at_its_default(tmp_path):
+    folder = RecordFolder(tmp_path, tuple)
+    folder.claim({"arms": {"all": {"method": "asymkv", "max_queries": None}}}, {})
+    with pytest.raises(ValueError, match="arms.all differ"):
+        folder.claim({"arms": {"all": {"method": "asymkv", "max_queries": 128}}}, {})
+
+
+def test_flat_settings_know_their_methods_defaults_too(tmp_path):
+    folder = RecordFolder(tmp_path, tuple)
+    folder.claim({"config.method": "echo", "config.action": "merge"}, {})
+    folder.claim({"config.method": "echo", "config.action": "merge", "config.merged_weights": "cardinality"}, {})
+    older = RecordFolder(tmp_path / "older", tuple)
+    older.claim({"config.method": "echo", "config.action": "merge"}, {})
+    with pytest.raises(ValueError, match="config.merged_weights differ"):
+        older.claim({"config.method": "echo", "config.action": "merge", "config.merged_weights": "loss"}, {})
+
+
+@pytest.mark.parametrize(("old", "name"), [
+    ({"arms": {"gate": {}}}, "files.gate"), ({"config.ratio": 0.5}, "config.files")])  # fmt: skip
+def test_records_of_unknown_files_are_not_ascribed_to_todays(tmp_path, old, name):
+    folder = RecordFolder(tmp_path, tuple)
+    folder.claim(old, {})
+    folder.claim({**old, name: {"gate": "new"}, "files.other": {"gate": "new"}}, {})
+    found = folder.runs()[0]["settings"]
+    assert found[name] is None and found["files.other"] == {"gate": "new"}
+    with pytest.raises(ValueError, match="files.other differ"):
+        folder.claim({**old, "files.other": {"gate": "newer"}}, {})
+
+
 @pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2"])
 def test_bad_shards_raise(text):
     with pytest.raises(ValueError, match="shard"):

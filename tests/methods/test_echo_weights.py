@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny_models import OPTIONS, assert_close, prompt, tiny_model
+from tiny_models import OPTIONS, assert_close, assert_same_rows, prompt, tiny_model
 from transformers import DynamicCache
 
 import asymkv
 from asymkv import reconstruction
 from asymkv.plan import contract_pairs
-from asymkv.replay_scores import CURVATURE, PAIR, SHARE, Displacement
+from asymkv.replay_scores import CURVATURE, MERGED_WEIGHTS, PAIR, SHARE, Displacement
 
 REQUEST = OPTIONS["echo"]
 CAUGHT = []
@@ -159,3 +159,65 @@ def test_inference_mode_is_refused():
         model = tiny_model()
         with torch.inference_mode(), pytest.raises(ValueError, match="merged_weights='loss'.*torch.no_grad"):
             model(prompt(20))
+
+
+@pytest.mark.parametrize("weights", ["output", "loss"])
+@pytest.mark.parametrize("position", ["last", "mean"])
+def test_a_merged_row_has_the_curvature_of_its_members(weights, position, monkeypatch):
+    """As it has their cardinality: later merges weigh it by both."""
+    _, whole = judged(monkeypatch, merged_weights=weights)
+    options = {"merged_weights": weights, "merged_position": position, "action": "merge", "level": "pair_uniform"}
+    model = tiny_model(dtype=torch.float64)
+    with asymkv.replace("llama", method="echo", chunk_size=40, budget=24, window_size=0, **options, **REQUEST):
+        cache = model(prompt(40)).past_key_values
+    for before, after in zip(whole.layers, cache.layers, strict=True):
+        assert after.dense(CURVATURE).shape[2] == 24
+        assert_close("sum", before.dense(CURVATURE).sum(2), after.dense(CURVATURE).sum(2), 1e-9)
+
+
+@pytest.mark.parametrize("weights", MERGED_WEIGHTS)
+def test_a_row_merges_in_a_batch_as_it_does_alone(weights):
+    """The last row of a shorter prompt has no neighbour yet, however wide the batch is."""
+    model, turns = tiny_model(dtype=torch.float64), [prompt(36, seed=9), prompt(40, seed=6)]
+    options = {"action": "merge", "level": "pair_uniform", "merged_weights": weights, "chunk_size": 40, "budget": 41,
+               "sink_size": 0, "window_size": 0}  # fmt: skip
+    with asymkv.replace("llama", method="echo", model=model, **options, **REQUEST), torch.no_grad():
+        alone = model(turns[0]).past_key_values
+        model(turns[1], past_key_values=alone)
+        ids, mask = torch.zeros(2, 40, dtype=torch.long), torch.ones(2, 40, dtype=torch.long)
+        ids[0], ids[1, 4:], mask[1, :4] = prompt(40)[0], turns[0][0], 0
+        both = model(ids, attention_mask=mask).past_key_values
+        if weights == "output_error":
+            assert all((layer.dense(SHARE)[1, :, 35] == 0).all() for layer in both.layers), "its neighbour is padding"
+        model(torch.cat([prompt(40, seed=5), turns[1]]), past_key_values=both)
+    assert_same_rows(alone, both, row_b=1, rtol=1e-6)
+    assert alone.cardinality(0)[0][0].max() > 1
+
+
+@pytest.mark.parametrize("weights", MERGED_WEIGHTS)
+@pytest.mark.parametrize("currency", ["attention", "output_error"])
+def test_autocast_judges_in_full_precision(weights, currency):
+    model = tiny_model()
+    options = {"action": "both", "merged_weights": weights, "currency": currency, "budget": 30, "chunk_size": 40}
+    settings = {"method": "echo", "window_size": 0, "model": model, **options, **REQUEST}
+    with asymkv.replace("llama", **settings), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cache = model(prompt(60)).past_key_values
+    assert cache.stats()["rows"] == 30 * 4
+    assert all(layer.dense(PAIR).dtype == torch.float32 for layer in cache.layers)
+
+
+@pytest.mark.parametrize("weights", MERGED_WEIGHTS)
+def test_the_peak_counts_what_a_replay_writes(weights, monkeypatch):
+    """A prompt of one chunk holds most right before it is compacted."""
+    held = []
+    real = reconstruction.compact_scored
+
+    def counted(cache, step):
+        held.append(cache.nbytes)
+        real(cache, step)
+
+    monkeypatch.setattr("asymkv.prefill.compact_scored", counted)
+    options = {"action": "merge", "merged_weights": weights, "budget": 24, "chunk_size": 40}
+    with asymkv.replace("llama", method="echo", window_size=0, **options, **REQUEST), torch.no_grad():
+        cache = tiny_model()(prompt(40)).past_key_values
+    assert cache.stats()["peak_nbytes"] >= held[0] > 0
