@@ -13,6 +13,7 @@ from asymkv.budgets.heads import HeadBudgets
 from asymkv.checks import check_choice, check_flag, check_integer
 from asymkv.methods import upstream
 from asymkv.methods.base import Method
+from asymkv.methods.merging import MERGED_KEYS, MERGED_POSITIONS, group_sums, merge_in_place
 from asymkv.methods.upstream import upstream_compact
 from asymkv.observations import (
     WEIGHT_RANGE,
@@ -24,7 +25,7 @@ from asymkv.observations import (
     sampled,
     statistic_dtype,
 )
-from asymkv.plan import CompactionPlan, contract_pairs
+from asymkv.plan import CompactionPlan, contract_pairs, keep_rows
 from asymkv.view import RowView
 
 if TYPE_CHECKING:
@@ -57,6 +58,9 @@ class AsymKV(Method):
         mean_attention: divide a row's attention by the number of queries that could see it.
         max_queries: queries of a chunk, evenly spaced over it, that attention, curvature and output error are
             measured with; None = all.
+        merged_keys: average keys "pre_rope", turned to the merged row's position (the paper's), or as they are stored
+            ("post_rope").
+        merged_position: a merged row's position, of its "last" member or the "mean" by cardinality.
         upstream_compat: reproduce the released code: one pair set for all heads, overlapping pairs that drop rows,
             cardinality cap 5, chunk-local loss, two forwards per chunk, no compaction in decode. Its sinks (32),
             budget (2080), and positions from cumulative cardinality become the defaults.
@@ -71,6 +75,8 @@ class AsymKV(Method):
     cardinality_factor: bool = False
     mean_attention: bool = True
     max_queries: int | None = 128
+    merged_keys: str = "pre_rope"
+    merged_position: str = "last"
     upstream_compat: bool = False
 
     @property
@@ -90,16 +96,34 @@ class AsymKV(Method):
             ValueError: for an unknown choice, or settings that the released code cannot have.
         """
         super().validate(config)
-        choices = {"curvature": CURVATURES, "key_weights": KEY_WEIGHTS, "pair_rule": PAIR_RULES}
+        choices = {"curvature": CURVATURES, "key_weights": KEY_WEIGHTS, "pair_rule": PAIR_RULES,
+                   "merged_keys": MERGED_KEYS, "merged_position": MERGED_POSITIONS}  # fmt: skip
         for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)
         for name in ("position_factor", "cardinality_factor", "mean_attention", "upstream_compat"):
             check_flag(name, getattr(self, name))
         if self.max_queries is not None:
             check_integer("max_queries", self.max_queries, 1)
+        self._check_merges(config)
         if self.upstream_compat and config.decode_interval:
             raise ValueError("upstream_compat=True never compacts in decode; decode_interval must be 0, "
                              f"found {config.decode_interval}")
+
+    def _check_merges(self, config: CompressionConfig) -> None:
+        """Raises ValueError for ways to merge that do not go together."""
+        merges = f"merged_keys={self.merged_keys!r}, merged_position={self.merged_position!r}"
+        if self._edits and (self.upstream_compat or config.positions != "original"):
+            raise ValueError("merged_keys='post_rope' and merged_position='mean' need upstream_compat=False and "
+                             f"position_policy='original'; found {merges}, upstream_compat={self.upstream_compat}, "
+                             f"position_policy={config.positions!r}")
+        by_dimension = self.key_weights == "curvature" and self.curvature != "cardinality"
+        if self.merged_keys == "post_rope" and by_dimension:
+            raise ValueError(f"curvature={self.curvature!r} weighs dimensions as they are before RoPE; merged_keys "
+                             "must be 'pre_rope', found 'post_rope'")
+
+    @property
+    def _edits(self) -> bool:
+        return self.merged_keys == "post_rope" or self.merged_position == "mean"
 
     def row_bytes(self, head_dim: int, dtype: torch.dtype, config: CompressionConfig) -> int:
         """The Fisher diagonal rides along where decode may use it."""
@@ -142,7 +166,12 @@ class AsymKV(Method):
     def carry_out(self, view: RowView, chosen: Tensor) -> CompactionPlan:
         """Contracts the chosen pairs."""
         destination = contract_pairs(chosen)
-        return CompactionPlan(destination, self.key_weight(view, chosen, destination))
+        weight = self.key_weight(view, chosen, destination)
+        if not self._edits:
+            return CompactionPlan(destination, weight)
+        merge_in_place(view, destination, weight, keys=self.merged_keys, position=self.merged_position)
+        index = torch.arange(destination.shape[-1], device=destination.device)
+        return keep_rows((destination == index) & view.valid)
 
     def tokens(self, view: RowView) -> Tensor:
         """Tokens that each row stands for, ``[B, H_kv, T]``."""
@@ -208,12 +237,6 @@ def convex_weights(curvature: Tensor, cardinality: Tensor, destination: Tensor) 
     known = (h.amax(-1, keepdim=True) > 0).to(h.dtype)
     density = group_sums(h * known, destination) / group_sums(n * known, destination).clamp(min=VANISHING)
     return torch.where(known > 0, h, n * density) + n * (MIX * density + VANISHING)
-
-
-def group_sums(rows: Tensor, destination: Tensor) -> Tensor:
-    """``rows [B, H_kv, T, D]``, each replaced by the sum of its group, ``destination [B, H_kv, T]``."""
-    index = destination.clamp(min=0)[..., None].expand_as(rows)
-    return torch.zeros_like(rows).scatter_add_(2, index, rows).gather(2, index)
 
 
 def chain_weights(weight: Tensor, pairs: Tensor, destination: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from asymkv.methods.asymkv import AsymKV, group_sums
+from asymkv.methods.asymkv import AsymKV
+from asymkv.methods.merging import group_shares, group_sums
 from asymkv.observations import attention_mass, exposure, sampled
 from asymkv.plan import CompactionPlan, contract_pairs, keep_rows
 from asymkv.view import RowView
@@ -25,6 +26,9 @@ class _Control(AsymKV):
         super().validate(config)
         if self.upstream_compat:
             raise ValueError(f"{config.method} has no upstream_compat=True; allowed: False")
+        if self._edits:
+            raise ValueError(f"{config.method} keeps positions and turned keys; merged_keys must be 'pre_rope' and "
+                             f"merged_position 'last', found {self.merged_keys!r} and {self.merged_position!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +83,3 @@ class AsymKVSymmetric(_Control):
         view.values = torch.where(touched, values.to(view.values.dtype), view.values)
         index = torch.arange(destination.shape[-1], device=destination.device)
         return keep_rows((destination == index) & view.valid)
-
-
-def group_shares(weight: Tensor, destination: Tensor) -> Tensor:
-    """Weights ``[B, H_kv, T]`` or ``[B, H_kv, T, D]`` over their groups' sums, ``[B, H_kv, T, 1 or D]``.
-
-    The members of a group without weight have equal shares.
-    """
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    weight = weight if weight.dim() > destination.dim() else weight[..., None]
-    total = group_sums(weight, destination)
-    return torch.where(total > 0, weight / total, 1 / group_sums(torch.ones_like(weight), destination))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from asymkv.checks import check_choice
-from asymkv.methods.asymkv import chain_weights, convex_weights, group_sums
-from asymkv.methods.asymkv_controls import group_shares
+from asymkv.methods.asymkv import chain_weights, convex_weights
 from asymkv.methods.kvzip import KVzip
+from asymkv.methods.merging import MERGED_KEYS, MERGED_POSITIONS, merge_in_place, shared
 from asymkv.observations import statistic_dtype
 from asymkv.plan import CompactionPlan, contract_pairs, keep_rows
 from asymkv.reconstruction import Wording
@@ -20,7 +20,6 @@ from asymkv.replay_scores import (
     CURVATURE,
     MERGED_WEIGHTS,
     PAIR,
-    SCORE,
     SHARE,
     Displacement,
     Scorer,
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 
 ACTIONS = ("drop", "merge", "both")
 OVER = ("stored", "range")
-MERGED_KEYS = ("pre_rope", "post_rope")
-MERGED_POSITIONS = ("last", "mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +157,7 @@ class Echo(KVzip):
         joins = chosen & view.evidence["joins"]
         target = contract_pairs(joins[..., :-1])
         gone = (chosen & ~joins).gather(-1, target) | ~view.valid
-        alone = ~gone & ~_shared(target)
+        alone = ~gone & ~shared(target)
         intact = alone & torch.nn.functional.pad(alone[..., 1:], (0, 1))
         view.statistics[PAIR] = torch.where(intact, view.statistics[PAIR], torch.inf)
         weight = self._weights(view, joins[..., :-1], target)
@@ -168,7 +165,7 @@ class Echo(KVzip):
             view.statistics[SHARE] = torch.where(intact, view.statistics[SHARE], 0)
         if not self._edits:
             return CompactionPlan(torch.where(gone, -1, target), weight)
-        self._merge_in_place(view, target, weight)
+        merge_in_place(view, target, weight, keys=self.merged_keys, position=self.merged_position)
         index = torch.arange(target.shape[-1], device=target.device)
         return keep_rows((target == index) & ~gone)
 
@@ -181,33 +178,3 @@ class Echo(KVzip):
             even = n[..., :-1] / (n[..., :-1] + n[..., 1:]).clamp(min=1)
             return chain_weights(torch.where(share > 0, share, even), joins, target)
         return None
-
-    def _merge_in_place(self, view: RowView, target: Tensor, weight: Tensor | None) -> None:
-        """Puts each run's means into its last row, for merges that the executor does not know."""
-        n = view.cardinality.double()
-        total, share = group_sums(n[..., None], target), group_shares(n, target)
-        of_keys = share if weight is None else group_shares(weight.double(), target)
-        touched = _shared(target)[..., None]
-        at = view.positions
-        if self.merged_position == "mean":
-            at = torch.where(touched[..., 0], group_sums(share * at[..., None], target)[..., 0].round().int(), at)
-        if self.merged_keys == "post_rope":
-            keys = group_sums(of_keys * view.keys, target)
-        else:
-            means = group_sums(of_keys * view.unrotate(view.keys), target)
-            keys = view.rope.rotate(means.to(view.keys.dtype), at.long())
-        values = group_sums(share * view.values, target)
-        view.keys = torch.where(touched, keys.to(view.keys.dtype), view.keys)
-        view.values = torch.where(touched, values.to(view.values.dtype), view.values)
-        view.cardinality = torch.where(touched[..., 0], total[..., 0].int(), view.cardinality)
-        view.positions = at
-        for name in {SCORE, CURVATURE} & view.statistics.keys():  # as the executor adds them
-            column = view.statistics[name].reshape(*target.shape, -1)
-            sums = group_sums(column.to(torch.promote_types(column.dtype, torch.float32)), target)
-            view.statistics[name] = torch.where(touched, sums.to(column.dtype), column).view_as(view.statistics[name])
-
-
-def _shared(target: Tensor) -> Tensor:
-    """``[B, H_kv, T]`` bool: rows whose destination is that of another row too."""
-    members = torch.zeros_like(target).scatter_add_(-1, target, torch.ones_like(target))
-    return members.gather(-1, target) > 1

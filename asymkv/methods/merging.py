@@ -1,4 +1,4 @@
-"""What methods share that fold each leaving row into one row that stays."""
+"""What methods share that merge rows: each leaving row into one that stays, or runs of neighbours into their last."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from asymkv.observations import BLOCK_ELEMENTS
+from asymkv.view import RowView
 
+MERGED_KEYS = ("pre_rope", "post_rope")
+MERGED_POSITIONS = ("last", "mean")
 TINY = 1e-6  # norms below it count as it, so that a zero row has similarity 0
 
 
@@ -98,3 +101,62 @@ class Fold:
     def cardinality(self, n: Tensor) -> Tensor:
         """``n [B, H_kv, T]`` int32 with what joins each row added to it."""
         return n + self.joined(n.gather(2, self.index)).to(n.dtype)
+
+
+def group_sums(rows: Tensor, destination: Tensor) -> Tensor:
+    """``rows [B, H_kv, T, D]``, each replaced by the sum of its group, ``destination [B, H_kv, T]``."""
+    index = destination.clamp(min=0)[..., None].expand_as(rows)
+    return torch.zeros_like(rows).scatter_add_(2, index, rows).gather(2, index)
+
+
+def group_shares(weight: Tensor, destination: Tensor) -> Tensor:
+    """Weights ``[B, H_kv, T]`` or ``[B, H_kv, T, D]`` over their groups' sums, ``[B, H_kv, T, 1 or D]``.
+
+    The members of a group without weight have equal shares.
+    """
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    weight = weight if weight.dim() > destination.dim() else weight[..., None]
+    total = group_sums(weight, destination)
+    return torch.where(total > 0, weight / total, 1 / group_sums(torch.ones_like(weight), destination))
+
+
+def shared(destination: Tensor) -> Tensor:
+    """``[B, H_kv, T]`` bool: rows whose destination is that of another row too."""
+    members = torch.zeros_like(destination).scatter_add_(-1, destination, torch.ones_like(destination))
+    return members.gather(-1, destination) > 1
+
+
+def merge_in_place(
+    view: RowView, destination: Tensor, weight: Tensor | None, *, keys: str = "pre_rope", position: str = "last"
+) -> None:
+    """Puts each run's means into its last row of a view, for merges that :func:`asymkv.plan.execute` does not know.
+
+    Values merge by cardinality; cardinalities and statistics add, as there.
+
+    Args:
+        view: the rows; changed.
+        destination: ``[B, H_kv, T]``, of :func:`asymkv.plan.contract_pairs`.
+        weight: of the keys, ``[B, H_kv, T]`` or, per dimension before RoPE, ``[B, H_kv, T, D]``; None = cardinality.
+        keys: one of ``MERGED_KEYS``: average them before RoPE, turned to the merged row's position, or as they are.
+        position: one of ``MERGED_POSITIONS``: of the last member, or the mean by cardinality.
+    """
+    n = view.cardinality.double()
+    total, share = group_sums(n[..., None], destination), group_shares(n, destination)
+    of_keys = share if weight is None else group_shares(weight.double(), destination)
+    touched = shared(destination)[..., None]
+    if position == "mean":
+        at = group_sums(share * view.positions[..., None], destination)[..., 0].round().int()
+        view.positions = torch.where(touched[..., 0], at, view.positions)
+    if keys == "post_rope":
+        merged = group_sums(of_keys * view.keys, destination)
+    else:
+        means = group_sums(of_keys * view.unrotate(view.keys), destination)
+        merged = view.rope.rotate(means.to(view.keys.dtype), view.positions.long())
+    values = group_sums(share * view.values, destination)
+    view.keys = torch.where(touched, merged.to(view.keys.dtype), view.keys)
+    view.values = torch.where(touched, values.to(view.values.dtype), view.values)
+    view.cardinality = torch.where(touched[..., 0], total[..., 0].int(), view.cardinality)
+    for name, column in view.statistics.items():
+        rows = column.reshape(*destination.shape, -1)
+        sums = group_sums(wide(rows), destination)
+        view.statistics[name] = torch.where(touched, sums.to(rows.dtype), rows).view_as(column)

@@ -30,6 +30,8 @@ EXTRA = {
     "aagc_options": {"method": "aagc", "evict_centroids": True, "exposure_fix": True, "importance": True},
     "asymkv_error": {"method": "asymkv", "key_weights": "output_error", "pair_rule": "output_error"},
     "asymkv_global": {"method": "asymkv", "layer_budgets": "global"},
+    "asymkv_mean": {"method": "asymkv", "merged_position": "mean", "key_weights": "attention"},
+    "asymkv_post": {"method": "asymkv", "merged_keys": "post_rope", "merged_position": "mean"},
     "asymkv_symmetric_attention": {"method": "asymkv_symmetric", "key_weights": "attention"},
     "cam_counts": {"method": "cam", "count_bias": True, "deterministic": True},
     "chunkkv_knorm": {"method": "chunkkv", "scorer": "knorm", "window_size": 8},

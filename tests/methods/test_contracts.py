@@ -52,6 +52,7 @@ MERGERS = {"aagc", "asymkv", "asymkv_symmetric", "cam", "d2o", "kvmerger", "razo
 KEYS_STAY = {"cam", "cam_streaming", "cam_counts", "value_merge", "value_merge_counts"}
 # Cardinalities of a head sum to its tokens.
 COUNTS_ALL = {"asymkv", "asymkv_zack", "asymkv_adaptive", "asymkv_paper", "asymkv_error", "asymkv_global",
+              "asymkv_mean", "asymkv_post",
               "echo_fisher", "echo_mean", "echo_post", "echo_shares", "kvmerger_counts", "razor", "razor_paper",
               "value_merge_counts",
               "full"}  # fmt: skip
