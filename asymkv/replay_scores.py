@@ -175,7 +175,6 @@ class _Costs:
 
     def __init__(self, layer: CompressedLayer, seen: ReplayQueries, rows: Subset, outputs: bool) -> None:
         storage, dtype = layer.storage, seen.dtype
-        self.rows = rows
         self.queries = seen.per_head(seen.q, storage.heads) * seen.scale
         lse = seen.per_head(torch.logaddexp(seen.past_lse, seen.own_lse), storage.heads)
         absent = seen.absent().repeat_interleave(layer.kv_heads, 0)[:, None]
