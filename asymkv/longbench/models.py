@@ -14,6 +14,7 @@ import yaml
 
 from asymkv.arguments import DTYPES
 from asymkv.checks import check_choice
+from asymkv.longbench import half_precision
 from asymkv.paths import config_path
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def load_model(
     attn_implementation: str | None = None,
     placement: Placement | None = None,
 ) -> PreTrainedModel:
-    """Loads the model in eval mode.
+    """Loads the model in eval mode; see :mod:`asymkv.longbench.half_precision` for half precision on old processors.
 
     Args:
         spec: the model.
@@ -225,7 +226,10 @@ def load_model(
         if unknown:
             raise ValueError(f"the device map names {unknown}, which {spec.path!r} does not have; it has, for example, "
                              "model.embed_tokens, model.layers.0, model.norm, lm_head")  # fmt: skip
-    return (model if placement is not None else model.to(device)).eval()
+    if placement is not None:
+        return model.eval()
+    model = model.to(device).eval()
+    return half_precision.widen_products(model) if half_precision.processor_lacks_half() else model
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

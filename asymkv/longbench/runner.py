@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from asymkv.longbench import data, models, peers, suites
+from asymkv.longbench import data, half_precision, models, peers, suites
 from asymkv.longbench.arms import BaseArm
 from asymkv.longbench.checks import check_asked
 from asymkv.longbench.conditions import conditions as conditions_of
@@ -339,6 +339,7 @@ def conditions(subject: Subject, ranks: Ranks) -> Record:
         **conditions_of(models.input_device(subject.model)),
         "world_size": ranks.world,
         "attention": subject.model.config._attn_implementation,
+        **({"linear": "float32"} if half_precision.is_widened(subject.model) else {}),
         **({"device_map": spread} if spread else {}),
     }
 
