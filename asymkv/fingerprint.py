@@ -19,7 +19,8 @@ def fingerprint(model: PreTrainedModel, *, any_dtype: bool = False) -> dict[str,
     """What a file is bound to: family, shape, name and revision, and a hash of some of the weights.
 
     Every weight of the first, the middle and the last decoder layer is sampled, adapters (LoRA) included, so that a
-    fine-tuned model is another one whichever projections it was tuned in.
+    fine-tuned model is another one whichever projections it was tuned in. Biases count where one is not zero: a
+    checkpoint has one hash in the classes that store none (Llama) and in those that do (Qwen2).
 
     Args:
         model: the model.
@@ -28,7 +29,7 @@ def fingerprint(model: PreTrainedModel, *, any_dtype: bool = False) -> dict[str,
     digest = hashlib.sha256()
     for name, weight in _weights(model):
         digest.update(name.encode())
-        values = weight.detach().reshape(-1)[:: max(weight.numel() // SAMPLES, 1)].float()
+        values = weight.reshape(-1)[:: max(weight.numel() // SAMPLES, 1)].float()
         digest.update((values.signbit() if any_dtype else values).cpu().numpy().tobytes())
     return {
         "model_type": model.config.model_type,
@@ -41,10 +42,14 @@ def fingerprint(model: PreTrainedModel, *, any_dtype: bool = False) -> dict[str,
 
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Weights of three decoder layers with their names within the layer."""
+    """Weights, and biases that do something, of three decoder layers with their names within the layer."""
     attention = get_adapter(model.config.model_type).attention_class()
     found = [name.rpartition(".")[0] for name, module in model.named_modules() if isinstance(module, attention)]
     for index in dict.fromkeys((0, len(found) // 2, len(found) - 1)):
         for name, module in model.get_submodule(found[index]).named_modules():
             if isinstance(module._parameters.get("weight"), nn.Parameter):
-                yield f"{index}.{name}", weight_of(module)
+                yield f"{index}.{name}", weight_of(module).detach()
+            if isinstance(module._parameters.get("bias"), nn.Parameter):
+                bias = weight_of(module, "bias").detach()
+                if bool(bias.count_nonzero()):
+                    yield f"{index}.{name}.bias", bias

@@ -28,11 +28,12 @@ KINDS = ("induction", "echo", "kvzip", "headkv", "duo_attention", "entropy")
 PATTERN_FILE, PATTERN_CONFIG = "full_attention_heads.tsv", "config.json"
 # Where scores come from: None (the user's cache folder), a file or folder, a table, or one of these per kind.
 ScoreSource: TypeAlias = "str | Path | Sequence[Sequence[float]] | Mapping[str, Any] | None"
-_BOUND = ("model_type", "layers", "kv_heads", "weights_sha256")
+# Not the class: the same weights make the same keys and values in Llama's, Mistral's and Qwen2's.
+_BOUND = ("layers", "kv_heads", "weights_sha256")
 
 
 def model_of(model: PreTrainedModel) -> dict[str, Any]:
-    """What a score file is bound to: family, layers, KV heads and weights; name and revision for the reader."""
+    """What a score file is bound to: layers, KV heads and weights; family, name and revision for the reader."""
     from asymkv.fingerprint import fingerprint
 
     found = fingerprint(model, any_dtype=True)

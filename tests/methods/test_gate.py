@@ -55,6 +55,30 @@ def test_the_best_rows_of_the_whole_cache_are_kept(model):
     assert len({n for layer in range(2) for n in cache.num_rows(layer)[0].tolist()}) > 1, "heads share by their scores"
 
 
+def test_a_gate_serves_the_same_weights_in_every_class(tmp_path):
+    """Llama stores no biases, Qwen2 zeros; where one is not zero, it is another model."""
+    models = {family: tiny_model(family) for family in ("mistral", "qwen2")}
+    models["llama"] = tiny_model(attention_bias=False)
+    with torch.no_grad():
+        for name, bias in models["qwen2"].named_parameters():
+            if name.endswith("proj.bias"):
+                bias.zero_()
+    for other in ("mistral", "qwen2"):
+        assert not models[other].load_state_dict(models["llama"].state_dict(), strict=False).unexpected_keys
+    file = str(random_gate(models["llama"]).save(tmp_path / "one.safetensors"))
+    kept = {}
+    for family, each in models.items():
+        settings = {**SETTINGS, "file": file}
+        with asymkv.replace(family, model=each, **settings), torch.no_grad():
+            cache = each(prompt(120)).past_key_values
+        kept[family] = [positions(cache, layer) for layer in range(2)]
+    assert kept["llama"] == kept["mistral"] == kept["qwen2"]
+    with torch.no_grad():
+        models["qwen2"].model.layers[0].self_attn.k_proj.bias[0] = -0.1
+    with pytest.raises(ValueError, match="weights_sha256"):
+        gate.load(file, models["qwen2"])
+
+
 def test_a_floor_keeps_rows_in_every_head(model):
     least = {}
     for floor in (0.0, 0.5):
