@@ -122,6 +122,12 @@ def attentions(model: nn.Module) -> list[nn.Module]:
     return [layer.self_attn for layer in model.model.layers]
 
 
+def forget_masks(model: nn.Module) -> None:
+    """Takes away which rows are hidden: kvpress keeps that on the modules, and looks at it in every later call."""
+    for attention in attentions(model):
+        attention.masked_key_indices = None
+
+
 @contextlib.contextmanager
 def pressed(model: PreTrainedModel, press_of: PressOf) -> Iterator[PreTrainedModel]:
     """Within the block a call without a cache fills a ``PressedCache`` and presses it; a call with one goes on from it.
@@ -183,9 +189,7 @@ def _pressing(model: PreTrainedModel, press: Any, input_ids: Tensor, cache: Pres
         masks = [getattr(attention, "masked_key_indices", None) for attention in attentions(model)]
         cache.settle(masks, input_ids.shape[1], moves_keys=moves_keys)
     finally:
-        # kvpress keeps them on the modules, and looks at them in every later call.
-        for attention in attentions(model):
-            attention.masked_key_indices = None
+        forget_masks(model)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ Only the worker of ``asymkv.longbench.peers`` imports this module, in kvpress's 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import logging
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import kvpress
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -36,6 +38,7 @@ REFUSED = {
 }
 RATIO, BASE = "compression_ratio", "press"
 
+logger = logging.getLogger(__name__)
 # KVzip warns at every construction that it takes long.
 logging.getLogger("kvpress").setLevel(logging.ERROR)
 
@@ -109,10 +112,13 @@ def pressing(model: PreTrainedModel, press: Any, input_ids: Tensor) -> Iterator[
 def prefill_key(spec: PressSpec) -> str | None:
     """What presses must agree in to share one prefill; None: this one runs the model in a way of its own.
 
-    Those that only look at each layer after it was computed may share it, with the attention that they want.
+    Those that only look at each layer after it was computed may share it, with the attention that they want. KVzip
+    scores alike whatever its ratio, so that its ratios share prefill and replays.
     """
     inner: Any = build(spec)
     press, plain = inner, kvpress.BasePress
+    if type(press) is kvpress.KVzipPress:
+        return f"KVzip {sorted(spec.arguments.items())}"
     while inner is not None:
         if type(inner).__call__ is not plain.__call__ or type(inner).forward_hook is not plain.forward_hook:
             return None
@@ -132,8 +138,48 @@ def press_together(
         input_ids: ``[1, t]``.
     """
     presses = [build(spec, 1 - share) for spec, share in zip(specs, shares, strict=True)]
+    if isinstance(presses[0], kvpress.KVzipPress):
+        return _kvzip_together(model, presses, input_ids)
     with _attention(model, "eager" if _reads_attention(presses[0]) else None):
         return pressed.press_together(model, presses, [moves_keys(press) for press in presses], input_ids)
+
+
+@torch.no_grad()
+def _kvzip_together(
+    model: PreTrainedModel, presses: Sequence[Any], input_ids: Tensor
+) -> tuple[list[PressedCache | None], Tensor]:
+    """One prefill and one replay of each chunk, and the rows that every ratio hides by those scores.
+
+    A press that keeps everything replays nothing: None, it is run alone.
+    """
+    scorer = max(presses, key=lambda press: press.compression_ratio)
+    found: dict[int, list[Any]] = {}
+    modules = pressed.attentions(model)
+
+    def hide(lm: PreTrainedModel) -> None:
+        for i, press in enumerate(presses):
+            press.score_val = scorer.score_val.clone()
+            type(press).compress_post(press, lm)
+            found[i] = [module.masked_key_indices for module in modules]
+            pressed.forget_masks(model)
+
+    scorer.compress_post = hide
+    filled = PressedCache()
+    try:
+        with pressing(model, scorer, input_ids):
+            logits = model(input_ids, past_key_values=filled, logits_to_keep=1).logits[0, -1]
+    except PressError as error:
+        logger.warning("%s; its ratios are run alone", error)
+        return [None] * len(presses), torch.empty(0)
+    finally:
+        pressed.forget_masks(model)
+    caches: list[PressedCache | None] = []
+    for i in range(len(presses)):
+        cache = copy.deepcopy(filled) if presses[i].compression_ratio > 0 else None
+        if cache is not None:
+            cache.settle(found[i], input_ids.shape[1], moves_keys=False)
+        caches.append(cache)
+    return caches, logits
 
 
 def _reads_attention(press: Any) -> bool:
