@@ -15,6 +15,20 @@ KNOWN = {"wikitext": ("Salesforce/wikitext", None), "cnn_dailymail": ("abisee/cn
 FORMS = "owner/name, owner/name:configuration, name:configuration, " + ", ".join(f"{n}/configuration" for n in KNOWN)
 
 
+def read_text(path: str | Path) -> str:
+    """The content of a text file.
+
+    Raises:
+        ValueError: for a file that is missing or not UTF-8; names it.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"no text file at {path}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
+
+
 def read_files(paths: Sequence[str | Path]) -> Iterator[str]:
     """Documents of local files: a text file is one, a ``.jsonl`` file has one per line under "text".
 
@@ -26,7 +40,7 @@ def read_files(paths: Sequence[str | Path]) -> Iterator[str]:
             raise ValueError(f"text files must end in one of {list(SUFFIXES)}; found {path.name!r}")
         if not path.is_file():
             raise ValueError(f"no text file at {path}")
-        content = path.read_text(encoding="utf-8")
+        content = read_text(path)
         if path.suffix != ".jsonl":
             yield content
             continue

@@ -27,6 +27,7 @@ from asymkv.files import csv_text, write_atomic
 from asymkv.longbench.arms import full_cache_bytes
 from asymkv.longbench.conditions import commit, device_name
 from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
+from asymkv.texts import read_text
 
 METHODS = (
     "kvpress_adakv_snapkv", "kvpress_adakv_expected_attention", "criticalkv_adakv", "kvpress_kvzip", "asymkv_adaptive",
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     spec = resolve_spec(args.model, max_length=sys.maxsize, chat_template=False)
     model = load_model(spec, dtype=getattr(torch, args.dtype), device=args.device)
-    ids = load_tokenizer(spec)(args.text_file.read_text(encoding="utf-8"), return_tensors="pt").input_ids
+    ids = load_tokenizer(spec)(read_text(args.text_file), return_tensors="pt").input_ids
     ids = ids[:, : args.tokens].to(args.device)
     full, rows = full_cache_bytes(model, ids.shape[1]), []
     peers = presses()

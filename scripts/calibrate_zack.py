@@ -23,7 +23,7 @@ from asymkv.dimensions.basis import OBJECTIVES, UNFINISHED, Basis, default_folde
 from asymkv.dimensions.ranks import choose_ranks
 from asymkv.head_scores import model_of
 from asymkv.longbench.models import load_model, load_tokenizer, parse_dtype, resolve_spec
-from asymkv.texts import samples_of
+from asymkv.texts import read_text, samples_of
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     dtype = parse_dtype(args.dtype)
     model, tokenizer = load_model(spec, dtype=dtype, device=args.device), load_tokenizer(spec)
     size = min(args.tokens, model.config.max_position_embeddings)
-    samples = samples_of(args.text_file.read_text(encoding="utf-8"), tokenizer, size, args.samples)
+    samples = samples_of(read_text(args.text_file), tokenizer, size, args.samples)
     folder = args.out or default_folder(model_of(model))
     with tqdm(total=len(samples), unit="sample", desc="zack") as bar:
         try:

@@ -34,6 +34,7 @@ from asymkv.files import write_atomic
 from asymkv.longbench.conditions import commit, device_name
 from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
 from asymkv.methods import METHODS
+from asymkv.texts import read_text
 
 FULL = "full"
 
@@ -177,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     chosen = [FULL, *(n for n in args.methods if n != FULL)]
     configs = {name: config_of(name, args) for name in chosen}  # bad settings fail before the model is loaded
-    context = args.context if args.context is not None else args.context_file.read_text(encoding="utf-8")
+    context = args.context if args.context is not None else read_text(args.context_file)
     settings = settings_of(args, context)
     answers, refused = finished(args, settings, configs), {}
     spec = resolve_spec(args.model, max_length=sys.maxsize, chat_template=False)

@@ -47,7 +47,8 @@ def show(header: list[str], cells: list[list[str]], title: str | None = None) ->
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     plain = {folder: predictions.plain_folders(folder) for folder in args.folders}
-    runs = [folder for folder in args.folders if not plain[folder]]
+    # A folder may hold arms of a run and folders of predictions side by side.
+    runs = [folder for folder in args.folders if not plain[folder] or report.has_arms(folder)]
     arms = report.find_arms(runs) if runs else []
     scores = report.build_report(arms, seed=args.seed, by_length=args.e)
     for folder in (folder for found in plain.values() for folder in found):

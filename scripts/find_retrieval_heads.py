@@ -31,7 +31,7 @@ from asymkv.budgets.scored import Retrieval
 from asymkv.head_scores import HeadScores, write_pattern
 from asymkv.layer_stages import KIND as STAGES
 from asymkv.longbench.models import load_model, load_tokenizer, parse_dtype, resolve_spec
-from asymkv.texts import samples_of
+from asymkv.texts import read_text, samples_of
 
 TEXT_KINDS = ("entropy", "kvzip", STAGES)
 
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def save_stages(args: argparse.Namespace, model: PreTrainedModel, tokenizer: Any) -> int:
     """Measures the layers' stages, writes the file and says where they begin."""
-    samples = samples_of(args.text_file.read_text(encoding="utf-8"), tokenizer, args.tokens, args.samples)
+    samples = samples_of(read_text(args.text_file), tokenizer, args.tokens, args.samples)
     with tqdm(total=len(samples) * model.config.num_hidden_layers, unit="layer", desc=STAGES) as bar:
         found = measure_stages(model, samples, threshold=args.threshold, progress=lambda _: bar.update())
     print(f"{STAGES}: {found.save(None if args.out is None else args.out / f'{STAGES}.json')}")
@@ -102,7 +102,7 @@ def save_stages(args: argparse.Namespace, model: PreTrainedModel, tokenizer: Any
 
 def scores_of_text(args: argparse.Namespace, model: PreTrainedModel, tokenizer: Any) -> HeadScores:
     """Scores that are measured on samples of a text."""
-    samples = samples_of(args.text_file.read_text(encoding="utf-8"), tokenizer, args.tokens, args.samples)
+    samples = samples_of(read_text(args.text_file), tokenizer, args.tokens, args.samples)
     if args.kind == "kvzip":
         return kvzip_scores(model, tokenizer, tqdm(samples, unit="sample", desc="kvzip"))
     with tqdm(total=len(samples) * model.config.num_hidden_layers, unit="layer", desc="entropy") as bar:

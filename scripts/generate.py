@@ -22,6 +22,7 @@ import asymkv
 from asymkv.arguments import DTYPES, positive
 from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
 from asymkv.methods import METHODS
+from asymkv.texts import read_text
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -70,7 +71,7 @@ def load(args: argparse.Namespace) -> tuple:
 def encode(args: argparse.Namespace, tokenizer: object, vocab: int) -> torch.Tensor:
     if args.prompt_tokens is not None:
         return torch.randint(3, vocab, (1, args.prompt_tokens))
-    text = args.prompt if args.prompt is not None else args.prompt_file.read_text(encoding="utf-8")
+    text = args.prompt if args.prompt is not None else read_text(args.prompt_file)
     if tokenizer.chat_template and not args.no_chat:  # type: ignore[attr-defined]
         text = tokenizer.apply_chat_template(  # type: ignore[attr-defined]
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True

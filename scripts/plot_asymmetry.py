@@ -25,6 +25,7 @@ from asymkv.analysis.asymmetry_report import write_report
 from asymkv.files import sha256
 from asymkv.longbench.conditions import commit, device_name
 from asymkv.longbench.models import load_model, load_tokenizer, parse_dtype, resolve_spec
+from asymkv.texts import read_text
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     spec = resolve_spec(args.model, max_length=sys.maxsize, chat_template=False)
     tokenizer = load_tokenizer(spec)
-    text = args.text_file.read_text(encoding="utf-8")
+    text = read_text(args.text_file)
     windows = text_windows(tokenizer, text, tokens=args.tokens, windows=args.windows)
     dtype = parse_dtype(args.dtype)
     model = load_model(spec, dtype=dtype, device=args.device)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from asymkv.analysis.attention_states import ATTENTION, KEYS, KEYS_PRE_ROPE, VALUES, watch_states
 from asymkv.analysis.rank_correlation import Triangle
+from asymkv.checks import check_integer
 
 STATES = (ATTENTION, KEYS, KEYS_PRE_ROPE, VALUES)
 SINK_SIZE = 4
@@ -159,8 +160,11 @@ def measure_asymmetry(
         progress: called with the index of each layer that begins.
 
     Raises:
-        ValueError: without a window, for one that is too short, and for models that cannot be observed.
+        ValueError: for settings below their least, without a window, for one that is too short, and for models that
+            cannot be observed.
     """
+    check_integer("sink_size", sink_size, 0)
+    check_integer("max_lag", max_lag, 1)
     least = sink_size + max_lag + 2
     if not windows or min(map(len, windows)) < least:
         raise ValueError(f"windows must have at least {least} tokens; found lengths {[len(w) for w in windows]}")

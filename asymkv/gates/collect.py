@@ -26,6 +26,7 @@ from asymkv.files import replace_file, sha256, write_atomic
 from asymkv.head_scores import check_model, model_of
 from asymkv.longbench.data import load_rows
 from asymkv.longbench.sample import SHARED_LIMIT, half_of, read_sample, shared_text, text_runs
+from asymkv.texts import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ def file_passages(
     Raises:
         ValueError: for a text that is shorter than a window.
     """
-    ids = _encode(tokenizer, path.read_text(encoding="utf-8"))
+    ids = _encode(tokenizer, read_text(path))
     if len(ids) < recipe.max_tokens:
         raise ValueError(f"{path.name} has {len(ids)} tokens; a passage takes {recipe.max_tokens} (max_tokens)")
     draw = random.Random(f"{recipe.seed} {path.name}")

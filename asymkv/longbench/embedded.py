@@ -8,6 +8,7 @@ sha256 of their ids, which every run records, says whether two runs saw the same
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import random
 import re
@@ -18,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from asymkv.checks import check_integer
 from asymkv.longbench.files import sha256
 
 Row = dict[str, Any]
@@ -42,11 +44,30 @@ def build_rows(dataset: str, **options: Any) -> list[Row]:
     Args:
         dataset: ``needle``, ``passage_retrieval`` or ``code_completion``.
         options: sizes and seed, as the function of that name takes them.
+
+    Raises:
+        ValueError: for an unknown task or option, or a size that is not a whole number above 0; lists what is allowed.
     """
     builders = {"needle": needle, "passage_retrieval": passage_retrieval, "code_completion": code_completion}
     if dataset not in builders:
         raise ValueError(f"unknown embedded task {dataset!r}; known: {', '.join(builders)}")
+    allowed = list(inspect.signature(builders[dataset]).parameters)
+    unknown = sorted(set(options) - set(allowed))
+    if unknown:
+        raise ValueError(f"{dataset} has no options {unknown}; allowed: {', '.join(allowed)}")
+    for name, value in options.items():
+        _check_option(f"{dataset}: {name}", name, value)
     return builders[dataset](**options)
+
+
+def _check_option(label: str, name: str, value: Any) -> None:
+    if name == "lengths":
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ValueError(f"{label} must be a list of word counts; found {value!r}")
+        for words in value:
+            check_integer(label, words, 1)
+    elif name != "seed" and not (name == "samples" and value is None):
+        check_integer(label, value, 1)
 
 
 def needle(
@@ -78,7 +99,7 @@ def _needle_row(rng: random.Random, words: int, depth: float) -> Row:
     taken.insert(place, f"The special access code for {city} is {code}.")
     question = f"What is the special access code for {city}?"
     row = _row("needle", question, " ".join(taken), [code])
-    return {**row, "depth": depth, "target_len": words}
+    return {**row, "depth": depth, "target_len": words, "target_unit": "words"}
 
 
 def passage_retrieval(*, samples: int = 30, passages: int = 12, passage_words: int = 120, seed: int = 0) -> list[Row]:

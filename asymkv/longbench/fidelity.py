@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from asymkv import CompressionConfig
-from asymkv.longbench import files, peers
+from asymkv.longbench import files, models, peers
 from asymkv.longbench.arms import FULL, NONE, Arm, ArmError, BaseArm, named_refusal
 from asymkv.longbench.data import Row, Task
 from asymkv.longbench.fidelity_experiment import Cell, Experiment, TextSettings
@@ -38,13 +38,14 @@ from asymkv.longbench.retention import (
 )
 from asymkv.longbench.sample import Sample
 from asymkv.longbench.shared_prefill import prefill_together, share_groups
+from asymkv.texts import read_text
 
 KEY_FIELDS = ("kind", "dataset", "id", "arm", "ratio")
 # Of a row's record; what could repeat the row's text stays out.
 ROW_FIELDS = (
-    "nll", "gold_tokens", "prompt_tokens", "question_tokens", "removed_tokens", "depth", "target_len", "tokens_seen",
-    "rows_min", "rows_max", "kept_ratio", "nominal_ratio", "stored_bytes", "full_bytes", "peak_rows", "peak_bytes",
-    "compactions", "backend", "prefill_seconds",
+    "nll", "gold_tokens", "prompt_tokens", "question_tokens", "removed_tokens", "depth", "target_len", "target_unit",
+    "tokens_seen", "rows_min", "rows_max", "kept_ratio", "nominal_ratio", "stored_bytes", "full_bytes",
+    "peak_rows", "peak_bytes", "compactions", "backend", "prefill_seconds",
 )  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -197,7 +198,7 @@ class FidelityRun:
 
 def read_texts(folder: str | Path) -> dict[str, str]:
     """Plain texts of a folder by file name without ``.txt``."""
-    found = {path.stem: path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("*.txt"))}
+    found = {path.stem: read_text(path) for path in sorted(Path(folder).glob("*.txt"))}
     if not found:
         raise FileNotFoundError(f"no .txt files in {folder}")
     return found
@@ -254,6 +255,7 @@ def run_settings(
         "texts": texts and texts_sha256(texts),
         "windows": texts and dataclasses.asdict(experiment.texts),
         "arms": arms,
+        "weights_sha256": models.weights_sha256(subject.model),
         **files,
     }
     return json.loads(json.dumps(settings, default=str))

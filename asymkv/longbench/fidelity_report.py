@@ -229,6 +229,12 @@ def needle_grids(results: Results) -> dict[str, dict[CellKey, needle_plot.Grid]]
     return {name: {cell: needle_grid(results, cell, name) for cell in results.cells} for name in datasets}
 
 
+def length_units(results: Results) -> dict[str, str]:
+    """What a dataset's planted facts' context lengths count: tokens, or what its records say."""
+    records = [(name, record) for cell in results.cells for (name, _), record in results.of("row", cell).items()]
+    return {name: record.get("target_unit", "tokens") for name, record in records if "found" in record}
+
+
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
@@ -313,14 +319,14 @@ def text_table(summary: Sequence[Record]) -> str:
 
 def needle_table(results: Results) -> str:
     """Planted facts found again, by dataset, length and depth."""
-    grids = needle_grids(results)
+    grids, units = needle_grids(results), length_units(results)
     depths = sorted({d for cells in grids.values() for grid in cells.values() for row in grid.values() for d in row})
     body = []
     for dataset, cells in grids.items():
         for (arm, ratio), grid in cells.items():
             for length, row in grid.items():
                 hits = ["{}/{}".format(*row[depth]) if depth in row else "" for depth in depths]
-                body.append([dataset, arm, f"{ratio or 1:g}", str(length), *hits])
+                body.append([dataset, arm, f"{ratio or 1:g}", f"{length} {units[dataset]}", *hits])
     return _table(["dataset", "arm", "ratio", "length", *(f"depth {depth:g}" for depth in depths)], body)
 
 
@@ -374,7 +380,7 @@ def write_report(folder: RecordFolder, experiment: Experiment) -> str:
     write_atomic(folder.folder / "results.csv", csv_text(summary))
     write_atomic(folder.folder / "results.md", text)
     plot(summary, folder.folder / "retention.png")
-    needle_plot.plot(needle_grids(results), folder.folder / "needles.png")
+    needle_plot.plot(needle_grids(results), folder.folder / "needles.png", length_units(results))
     sessions = sorted((session for run in runs for session in run["sessions"]), key=lambda session: session["date"])
     whole = {"settings": merged_settings(runs), "sessions": sessions, "records": len(records)}
     write_atomic(folder.folder / "run.json", json.dumps(whole, indent=2) + "\n")

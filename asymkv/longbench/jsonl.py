@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 MAX_SHOWN = 60
@@ -42,6 +43,24 @@ def parse_object(line: bytes, place: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{place} must be a JSON object, found {shown(found)}")
     check_finite(found, place)
+    return found
+
+
+def read_json(path: Path) -> Any:
+    """The content of a json file; the error names file and line."""
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno} is not JSON: {error.msg}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; errors as of :func:`read_json`."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, found {shown(found)}")
     return found
 
 

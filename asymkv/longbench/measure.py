@@ -106,7 +106,7 @@ def _measure(
         "length": row.get("length"), "prompt_tokens": len(first), "question_tokens": len(rest),
         "removed_tokens": prompt.removed_tokens, "prefill_seconds": seconds,
     }  # fmt: skip
-    record |= {key: row[key] for key in ("depth", "target_len", *task.record_fields) if key in row}
+    record |= {key: row[key] for key in ("depth", "target_len", "target_unit", *task.record_fields) if key in row}
     record |= arm.stored(prefix.cache, subject.model)
     record |= _gold_loss(subject, prompt, prefix, rest, task.gold(row["answers"]), protocol)
     if protocol.generate:

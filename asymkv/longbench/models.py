@@ -251,6 +251,14 @@ def device_label(model: PreTrainedModel) -> str:
     return "+".join(sorted(kinds | ({"disk"} & set(map(str, getattr(model, "hf_device_map", {}).values())))))
 
 
+def weights_sha256(model: PreTrainedModel) -> str | None:
+    """What tells two models of one name or path apart: a hash of some of the weights; None for an unknown family."""
+    from asymkv.fingerprint import fingerprint
+    from asymkv.models import families
+
+    return fingerprint(model)["weights_sha256"] if model.config.model_type in families() else None
+
+
 def stop_ids(spec: ModelSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """All token ids that end an answer: the spec's, the tokenizer's and the generation config's."""
     eos = model.generation_config.eos_token_id if model.generation_config is not None else None

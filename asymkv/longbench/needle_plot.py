@@ -13,12 +13,17 @@ Grid = dict[int, dict[float, tuple[int, int]]]
 PANELS_PER_ROW = 5
 
 
-def plot(tables: Mapping[str, Mapping[tuple[str, float | None], Grid]], path: str | Path) -> bool:
+def plot(
+    tables: Mapping[str, Mapping[tuple[str, float | None], Grid]],
+    path: str | Path,
+    units: Mapping[str, str] | None = None,
+) -> bool:
     """Draws one block of panels per dataset: depth down, length across, share found in colour, counts as text.
 
     Args:
         tables: dataset to (arm, ratio; None for the full cache) to its grid; an empty grid has no panel.
         path: png, pdf or svg.
+        units: dataset to what its lengths count; tokens where it is not told.
 
     Returns:
         Whether there was anything to draw; without it no file is written.
@@ -43,7 +48,7 @@ def plot(tables: Mapping[str, Mapping[tuple[str, float | None], Grid]], path: st
         for one, ((arm, ratio), grid) in zip(axes.flat, cells.items(), strict=False):
             image = _panel(one, grid)
             one.set_title(f"{arm}\n{100 * (ratio or 1):g} % of the rows", fontsize=8)
-        part.supxlabel("context length, tokens", fontsize=8)
+        part.supxlabel(f"context length, {(units or {}).get(name, 'tokens')}", fontsize=8)
         part.supylabel("depth", fontsize=8)
         part.colorbar(image, ax=axes, label="share found", shrink=0.8)
     figure.savefig(path, dpi=150, metadata={"Software": None})

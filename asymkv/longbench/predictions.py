@@ -14,7 +14,7 @@ from typing import Any
 from asymkv.longbench import metrics, suites
 from asymkv.longbench.data import ENGLISH_TASKS, Row
 from asymkv.longbench.jsonl import check_fields, check_kinds, numbered_objects, shown
-from asymkv.longbench.rows import E_SUFFIX, check_answers, required_fields
+from asymkv.longbench.rows import E_SUFFIX, check_answers, check_scored, required_fields
 
 PREDICTION_KINDS: dict[str, type] = {"pred": str, "answers": list, "all_classes": list, "length": int}
 
@@ -51,12 +51,13 @@ def read_predictions(path: Path, *, by_length: bool = False) -> list[Row]:
     rows = []
     for place, row in numbered_objects(path.read_bytes(), str(path)):
         check_fields(row, place, "a prediction", needed)
+        check_scored(dataset, row, place)
         row = row if benchmark is None else {"dataset": dataset, **row}
         for where, part in check_kinds_of(row, place):
             check_fields(part, where, "a prediction", scored)
             check_answers(dataset, part["answers"], where)
-            if benchmark is not None and not part["answers"]:
-                raise ValueError(f"{where}: field 'answers' is empty")
+            if benchmark is not None:
+                benchmark.check(part, where)
         rows.append(row)
     if not rows:
         raise ValueError(f"{path} holds no predictions")

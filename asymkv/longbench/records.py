@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from asymkv.longbench.files import write_atomic
-from asymkv.longbench.jsonl import check_finite, parse_object
+from asymkv.longbench.jsonl import check_finite, parse_object, read_object
 
 try:
     import fcntl
@@ -93,7 +93,7 @@ class RecordFolder:
             self._lock()
         sessions: list[Record] = []
         if self.run_path.exists():
-            earlier = json.loads(self.run_path.read_text(encoding="utf-8"))
+            earlier = read_object(self.run_path)
             settings, sessions = _merged(earlier["settings"], settings), earlier["sessions"]
         run = {"settings": settings, "sessions": [*sessions, conditions]}
         write_atomic(self.run_path, json.dumps(run, indent=2) + "\n")
@@ -129,7 +129,7 @@ class RecordFolder:
 
     def runs(self) -> list[Record]:
         """The ``run-*.json`` of all processes."""
-        return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.folder.glob("run-*.json"))]
+        return [read_object(path) for path in sorted(self.folder.glob("run-*.json"))]
 
     def append(self, record: Record) -> None:
         """Adds one record, on disk when this returns; one with NaN or an infinity is refused and nothing written."""
@@ -150,7 +150,12 @@ class RecordFolder:
             data = path.read_bytes()
             for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
                 record = parse_object(line, f"{path}:{number}")
-                found.setdefault(self.key(record), record)
+                try:
+                    key = self.key(record)
+                except KeyError as error:
+                    has = ", ".join(record) or "nothing"
+                    raise ValueError(f"{path}:{number}: a record lacks {error.args[0]}; it has {has}") from error
+                found.setdefault(key, record)
         return list(found.values())
 
     def done(self) -> set[Hashable]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,21 +11,23 @@ from typing import Any
 from asymkv.longbench import metrics, suites
 from asymkv.longbench.arms import FULL, NONE
 from asymkv.longbench.data import Row, ids_sha256
-from asymkv.longbench.jsonl import check_fields, numbered_objects
+from asymkv.longbench.jsonl import check_fields, numbered_objects, read_object
 from asymkv.longbench.predictions import averages, check_kinds_of, further_scores, score_rows, score_rows_e
 from asymkv.longbench.records import conflicts
 from asymkv.longbench.retention import pooled_ratio, retention_pairs
-from asymkv.longbench.rows import E_SUFFIX
+from asymkv.longbench.rows import E_SUFFIX, required_fields
 from asymkv.longbench.runner import RUN_FILE, SECONDS, shared_settings
 
 logger = logging.getLogger(__name__)
 MEGABYTE = 1e6
 # What every record of a run has.
 RECORD_FIELDS = (
-    "_id", "answers", "gold_tokens", "stored_bytes", "full_bytes", "peak_bytes", "kept_ratio", "prompt_tokens",
-    "prefill_seconds",
+    "_id", "dataset", "answers", "gold_tokens", "stored_bytes", "full_bytes", "peak_bytes", "kept_ratio",
+    "prompt_tokens", "prefill_seconds",
 )  # fmt: skip
 NAN = float("nan")
+# What an arm has before it is through.
+_UNFINISHED = ("records-*.jsonl", "*/records-*.jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,12 @@ class ArmRun:
     def all_records(self) -> list[Row]:
         """The records of all datasets."""
         return [record for records in self.records.values() for record in records]
+
+
+def has_arms(folder: str | Path) -> bool:
+    """Whether a folder, or one directly below it, is an arm of scripts/pred.py, finished or not."""
+    found = Path(folder)
+    return any(any(found.glob(name)) for name in (RUN_FILE, f"*/{RUN_FILE}", *_UNFINISHED))
 
 
 def find_arms(folders: Sequence[str | Path]) -> list[ArmRun]:
@@ -58,6 +65,8 @@ def find_arms(folders: Sequence[str | Path]) -> list[ArmRun]:
         if not paths:
             raise FileNotFoundError(f"no finished arm ({RUN_FILE}) in {folder} or its subfolders; finish the run first")
         found += [path.parent for path in paths]
+        for path in sorted({path.parent for name in _UNFINISHED for path in folder.glob(name)} - set(found)):
+            logger.warning("%s is not scored: its run is not finished (no %s); start it again", path, RUN_FILE)
     # The references come first, the arms in alphabetical order after them.
     found.sort(key=lambda path: (path.name != FULL, path.name != NONE))
     names = [path.name for path in found]
@@ -82,20 +91,26 @@ def _refuse_mixtures(folders: Sequence[Path], arms: Sequence[ArmRun]) -> None:
 
 
 def _read_arm(name: str, folder: Path) -> ArmRun:
-    run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    datasets = run["results"]["datasets"]
-    records = {dataset: _read_records(folder / f"{dataset}.jsonl", entry) for dataset, entry in datasets.items()}
+    run = read_object(folder / RUN_FILE)
+    answered = run["settings"].get("generate", True)
+    records = {
+        dataset: _read_records(folder / f"{dataset}.jsonl", entry, answered=answered)
+        for dataset, entry in run["results"]["datasets"].items()
+    }
     return ArmRun(name, run, records)
 
 
-def _read_records(path: Path, entry: Mapping[str, Any]) -> list[Row]:
+def _read_records(path: Path, entry: Mapping[str, Any], *, answered: bool) -> list[Row]:
     """The records of one dataset, which must be those that ``run.json`` counted."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, {path.parent / RUN_FILE} counts {entry['rows']} rows of it")
     rows = []
     for place, row in numbered_objects(path.read_bytes(), str(path)):
-        check_fields(row, place, "a record", RECORD_FIELDS)
-        check_kinds_of(row, place)
+        check_fields(row, place, "a record", required_fields(path.stem, RECORD_FIELDS))
+        if "nll" not in row:
+            raise ValueError(f"{place}: a record lacks nll; it has {', '.join(row)}")
+        for where, part in check_kinds_of(row, place):
+            check_fields(part, where, "a record", ("answers", *(("pred",) if answered else ())))
         rows.append(row)
     found = ids_sha256(row["_id"] for row in rows)
     if found != entry["ids_sha256"]:
@@ -119,7 +134,7 @@ def build_report(arms: Sequence[ArmRun], *, seed: int = 0, by_length: bool = Fal
 
 def _arm_report(arm: ArmRun, arms: Sequence[ArmRun], seed: int, by_length: bool) -> dict[str, Any]:
     records = arm.all_records()
-    answered = {name: rows for name, rows in arm.records.items() if all("pred" in row for row in rows)}
+    answered = arm.records if arm.run["settings"].get("generate", True) else {}
     scores = {name: score_rows(name, rows) for name, rows in answered.items()}
     report = {
         "protocol": arm.run["settings"]["protocol"],

@@ -40,7 +40,8 @@ def table_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         share = NAN if arm.get("without_context") else 100 * arm.get("stored_share", NAN)
         interval = "-"
         if retained is not None:
-            interval = f"{retained['value']:.3f} ({retained['low']:.3f}..{retained['high']:.3f})"
+            value, low, high = (_number(retained[name], places=3) for name in ("value", "low", "high"))
+            interval = value if low == high == "-" else f"{value} ({low}..{high})"
         cells.append([
             label, *scores, _number(arm["average"]), interval, _number(arm.get("stored_mb", NAN)),
             _number(share, " %", 1), *([_number(100 * arm.get("nominal_ratio", NAN), " %", 1)] if hides else []),

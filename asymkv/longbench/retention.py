@@ -171,7 +171,7 @@ def pooled_ratio(
         seed: of the draws.
     """
     rng = np.random.default_rng(seed)
-    by_task, draws = {}, []
+    by_task, draws, most = {}, [], 0
     for task in sorted(groups):
         rows = np.asarray(groups[task], dtype=np.float64).reshape(-1, 2)
         if not len(rows):
@@ -180,6 +180,7 @@ def pooled_ratio(
         picks = rng.integers(len(rows), size=(samples, len(rows)))
         if np.isfinite(by_task[task]):
             draws.append(_ratio(rows[picks].sum(1)))  # [samples]
+            most = max(most, len(rows))
     count = sum(len(rows) for rows in groups.values())
     if not draws:
         return Estimate(float("nan"), float("nan"), float("nan"), by_task, count)
@@ -187,7 +188,7 @@ def pooled_ratio(
     means = np.nanmean(table[:, ~np.isnan(table).all(0)], axis=0)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     value = float(np.nanmean(list(by_task.values())))
-    if max(len(rows) for rows in groups.values()) < 2:
+    if most < 2:
         low = high = np.nan
     return Estimate(value, float(low), float(high), by_task, count)
 

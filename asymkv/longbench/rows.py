@@ -46,6 +46,28 @@ def check_row(dataset: str, row: Row, place: str) -> None:
     check_fields(row, place, f"a row of {dataset}", required_fields(dataset, REQUIRED_FIELDS))
     check_kinds(row, place, FIELD_KINDS)
     check_answers(dataset, row["answers"], place)
+    check_scored(dataset, row, place)
+    _check_text(row, place)
+
+
+def check_scored(dataset: str, row: Row, place: str) -> None:
+    """Checks the values that scores are sorted or looked up by: the length, and the classes where the task has some."""
+    if type(row.get("length")) is int and row["length"] < 0:
+        raise ValueError(f"{place}: field 'length' must not be below 0, found {row['length']}")
+    if dataset.removesuffix(E_SUFFIX) in CLASSIFIED_TASKS and not row["all_classes"]:
+        raise ValueError(f"{place}: field 'all_classes' must name the classes of {dataset}, found []")
+
+
+def _check_text(row: Row, place: str) -> None:
+    """Refuses text that no UTF-8 file can hold: half of a surrogate pair, which JSON can spell."""
+    for name, value in row.items():
+        for text in value if isinstance(value, list) else [value]:
+            try:
+                (text if isinstance(text, str) else "").encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"{place}: field {name!r} holds half of a surrogate pair at character {error.start}"
+                ) from None
 
 
 def required_fields(dataset: str, always: tuple[str, ...]) -> tuple[str, ...]:
@@ -74,7 +96,7 @@ def check_ids(placed: Iterable[tuple[str, Row]]) -> None:
     first: dict[str, tuple[str, str]] = {}
     for place, row in placed:
         if row.get("_id"):
-            content = sha256(f"{row['input']}\0{row['context']}".encode("utf-8", "surrogatepass"))
+            content = sha256(f"{row['input']}\0{row['context']}".encode())
             other, known = first.setdefault(row["_id"], (place, content))
             if known != content:
                 raise ValueError(

@@ -27,6 +27,7 @@ from asymkv.longbench.checks import check_asked
 from asymkv.longbench.conditions import conditions as conditions_of
 from asymkv.longbench.data import Row, Task
 from asymkv.longbench.files import write_atomic
+from asymkv.longbench.jsonl import read_object
 from asymkv.longbench.measure import Protocol, Record, Subject, measure
 from asymkv.longbench.press_arms import PressArm, PressError
 from asymkv.longbench.records import RecordFolder, Shard, conflicts, merged_settings
@@ -218,7 +219,7 @@ def shared_settings(settings: Record) -> Record:
 def refuse_mixture(out_dir: Path, settings: Record) -> None:
     """Raises ValueError where another arm in ``out_dir`` has other rows, prompts or another model than ``settings``."""
     for path in sorted(out_dir.glob("*/run-*.json")):
-        other = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        other = read_object(path)["settings"]
         differing = sorted(conflicts(shared_settings(other), shared_settings(settings)))
         if differing:
             raise ValueError(
@@ -329,7 +330,9 @@ def run_settings(arm: BaseArm, work: Work, subject: Subject) -> Record:
     # None would mean "says nothing" to the record folder; an unset budget is a statement.
     plain = json.loads(json.dumps(settings, default=str))
     plain = {key: "none" if value is None else value for key, value in plain.items()}
-    return {**plain, "config.files": arm.files(subject.model) or None}
+    # None says nothing, as do folders from before these were told.
+    files = arm.files(subject.model) or None
+    return {**plain, "config.files": files, "weights_sha256": models.weights_sha256(subject.model)}
 
 
 def conditions(subject: Subject, ranks: Ranks) -> Record:
@@ -379,7 +382,7 @@ def load_rows(
         reader: the model's tokenizer and prompt rules, for rows generated at a length in tokens.
     """
     given = options or {}
-    suites.check_options(given, data.embedded_tasks())
+    suites.check_options(given, data.embedded_tasks(), datasets)
     return {
         name: data.load_rows(
             name, data_dir=data_dir, max_samples=max_samples, options=suites.options_for(name, given), reader=reader

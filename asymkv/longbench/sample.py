@@ -207,6 +207,7 @@ def load_sample(
         options: settings of the rows, as they were for the sample.
         reader: the model's tokenizer and prompt rules.
     """
+    suites.check_options(options or {}, embedded_tasks(), list(sample.tasks))
     columns = {task: _rows(task, data_dir, options, reader, row_ids=ids) for task, ids in sample.tasks.items()}
     longest = max((len(rows) for rows in columns.values()), default=0)
     return [(task, rows[i]) for i in range(longest) for task, rows in columns.items() if i < len(rows)]

@@ -360,3 +360,9 @@ def test_notebook_runs_from_top_to_bottom(checkpoint, capsys, monkeypatch):
         if "parameters" in cell["metadata"].get("tags", []):
             names.update(MODEL=str(checkpoint / "model"), TEXT_FILE=checkpoint / "text.txt", TOKENS=64, WINDOWS=2)
     assert names["result"].lengths == [64, 64] and "**values, cosine**" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("setting", "least"), [({"sink_size": -1}, 0), ({"max_lag": 0}, 1)])
+def test_settings_below_their_least_are_refused(setting, least):
+    with pytest.raises(ValueError, match=rf"must be an integer >= {least}; found"):
+        measure_asymmetry(tiny_model(), [prompt(30)[0]], **setting)

@@ -8,6 +8,7 @@ import pytest
 
 from asymkv.distill.text import read_dataset
 from asymkv.experiments.corpus import read_articles, read_text
+from asymkv.texts import read_text as read_file
 from asymkv.texts import split_name
 
 WIKITEXT = "Salesforce/wikitext"
@@ -75,3 +76,11 @@ def test_scripts_take_the_configuration_apart(script, monkeypatch):
     module = importlib.import_module(script)
     args = module.parse_args(["--dataset_name", "wikitext", "--dataset_config", "wikitext-2-v1"])
     assert module.options_of(args).text_config == "wikitext-2-v1"
+
+
+def test_a_text_that_is_missing_or_not_utf8_is_named(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8"):
+        read_file(tmp_path / "latin.txt")
+    with pytest.raises(ValueError, match=r"no text file at .*none\.txt"):
+        read_file(tmp_path / "none.txt")

@@ -32,6 +32,7 @@ def test_a_needle_lies_at_its_depth() -> None:
         assert row["context"].count(row["answers"][0]) == 1
         assert row["context"].index(fact) / len(row["context"]) == pytest.approx(row["depth"], abs=0.1)
         assert 400 <= row["length"] < 500
+        assert (row["target_len"], row["target_unit"]) == (400, "words")
 
 
 def test_a_passage_question_comes_from_its_paragraph_only() -> None:
@@ -53,7 +54,24 @@ def test_a_code_answer_is_the_next_line_of_its_file() -> None:
 def test_unknown_task_and_unknown_size_are_refused() -> None:
     with pytest.raises(ValueError, match="known: needle"):
         embedded.build_rows("needles")
-    with pytest.raises(TypeError, match="sizes"):
+    with pytest.raises(ValueError, match=r"needle has no options \['sizes'\]; allowed: lengths, depths, samples, seed"):
         embedded.build_rows("needle", sizes=3)
     with pytest.raises(ValueError, match="words left"):
         embedded.needle(lengths=[10**6], depths=1)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        ("needle", {"lengths": 600}, "needle: lengths must be a list of word counts; found 600"),
+        ("needle", {"lengths": []}, "needle: lengths must be a list of word counts"),
+        ("needle", {"lengths": [0]}, "needle: lengths must be an integer >= 1; found 0"),
+        ("needle", {"samples": 0}, "needle: samples must be an integer >= 1; found 0"),
+        ("needle", {"depths": 0}, "needle: depths must be an integer >= 1; found 0"),
+        ("passage_retrieval", {"passages": 0}, "passage_retrieval: passages must be an integer >= 1"),
+        ("code_completion", {"lines": -3}, "code_completion: lines must be an integer >= 1; found -3"),
+    ],
+)
+def test_sizes_that_make_no_rows_are_refused(dataset: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data.load_rows(dataset, options=options)

@@ -356,7 +356,7 @@ def test_needles_of_each_dataset_have_their_own_heat_map(folder, tmp_path):
         1000: {0.1: (1, 1), 0.9: (0, 1)},
         2000: {0.1: (0, 1), 0.9: (0, 1)},
     }
-    assert "| needle_multikey | window | 0.5 | 2000 | 0/1 | 0/1 |" in fidelity_report.needle_table(results)
+    assert "| needle_multikey | window | 0.5 | 2000 tokens | 0/1 | 0/1 |" in fidelity_report.needle_table(results)
     both, one = tmp_path / "both.png", tmp_path / "one.png"
     assert needle_plot.plot(grids, both) and needle_plot.plot({"needle": grids["needle"]}, one)
     heights = [int.from_bytes(path.read_bytes()[20:24], "big") for path in (both, one)]

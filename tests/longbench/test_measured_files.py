@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,34 @@ def test_a_suite_folder_of_another_gate_is_refused(model, tiny_folder: Path, tmp
     random_gate(model, seed=1).save()
     with pytest.raises(ValueError, match=r"results of other settings: files\.gate differ"):
         run_suite(options, plan)
+
+
+def other_weights(model, place: Path) -> None:
+    """Another model under the folder's name."""
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.mul_(-1)
+    model.save_pretrained(place)
+
+
+def test_folders_of_other_weights_of_one_name_are_refused(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The path says nothing of what lies there."""
+    write_experiment(folder, [{"name": "full", "method": "full"}])
+    run(folder, tmp_path / "out")
+    run(folder, tmp_path / "out")
+    found = load_model(ModelSpec("tiny", str(folder / "model"), 2048))
+    other_weights(found, folder / "model")
+    with pytest.raises(ValueError, match=r"results of other settings: weights_sha256 differ"):
+        run(folder, tmp_path / "out")
+
+
+def test_a_pred_folder_of_other_weights_is_refused(model, tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    inputs = write_inputs(tmp_path / "data")
+    tasks = data.load_tasks([TASK], inputs, changed_prompts=True)
+    work = runner.Work(arms.make_arms(["full"]), tasks, {TASK: data.load_rows(TASK, data_dir=inputs)}, PROTOCOL)
+    spec, alone = models.resolve_spec(str(tmp_path / "model"), max_length=500), runner.Ranks(0, 1, torch.device("cpu"))
+    runner.run(work, runner.load_subject(spec, alone.device, "float32"), tmp_path / "out", alone)
+    other_weights(model, tmp_path / "model")
+    with pytest.raises(ValueError, match=r"results of other settings: weights_sha256 differ"):
+        runner.run(work, runner.load_subject(spec, alone.device, "float32"), tmp_path / "out", alone)

@@ -59,6 +59,24 @@ def test_datasets_of_suites_are_scored_as_in_a_run(tmp_path: Path) -> None:
     assert (buckets["0-4k"], buckets["4-8k"]) == (0.0, 100.0) and math.isnan(buckets["8k+"])
 
 
+def test_references_may_be_a_letter_or_a_number_alone(tmp_path: Path) -> None:
+    levels = {"difficulty": "easy", "length_group": "short"}
+    right, wrong = ({"pred": p, "answers": ["B"], **levels} for p in ("The correct answer is (B)", "B or so"))
+    write_rows(tmp_path / "longbench_v2.jsonl", [right, wrong])
+    write_rows(tmp_path / "gsm8k.jsonl", [{"pred": "#### 7", "answers": ["7"]}, {"pred": "no", "answers": ["#### 7"]}])
+    assert set(predictions.score_folder(tmp_path)["scores"].values()) == {50.0}
+
+
+def test_squad_scores_empty_words_as_its_two_scorers_do(tmp_path: Path) -> None:
+    """1.1 takes references as they are and gives no F1 against an empty side; 2.0 drops empty references."""
+    rows = [{**SQUAD, "pred": "A", "answers": ["A"]}, {**SQUAD, "pred": "", "answers": ["a", "foo"]}]
+    for name, f1, exact in (("squad", 0.0, 100.0), ("squad_v2", 50.0, 50.0)):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / f"{name}.jsonl", rows)
+        found = predictions.score_folder(tmp_path / name)
+        assert (found["scores"][name], found["details"][name]["exact_match"]) == (f1, exact), name
+
+
 @pytest.mark.parametrize(
     ("task", "row", "message"),
     [
@@ -67,8 +85,17 @@ def test_datasets_of_suites_are_scored_as_in_a_run(tmp_path: Path) -> None:
         ("scbench_kv", {"turns": []}, r"kv.jsonl:1: field 'turns' must be a list of objects, found list \[\]"),
         ("scbench_kv", {"turns": [NUMBER, {**NUMBER, "pred": 1}]}, r"kv.jsonl:1, turn 2: field 'pred' must be a str"),
         ("scbench_kv", {"turns": [{"pred": "1"}]}, r"kv.jsonl:1, turn 1: a prediction lacks answers"),
+        ("squad", {**SQUAD, "is_impossible": "false"}, r"squad.jsonl:1: field 'is_impossible' must be true or false"),
+        ("gsm8k", {"pred": "no idea", "answers": ["no marker"]}, r"gsm8k.jsonl:1: field 'answers' must be a solution"),
+        ("scbench_mf", {"turns": [{**NUMBER, "answers": ["x"]}]}, r"turn 1: field 'answers' must be a number"),
+        ("scbench_choice_eng", {"turns": [{**NUMBER, "answers": ["a text"]}]}, r"text and its letter, found list"),
+        ("scbench_summary_with_needles", {"turns": [{**NUMBER, "task": "foo"}]}, r"turn 1: field 'task' must be"),
+        ("longbench_v2", {"pred": "whatever", "answers": ["E"], "difficulty": "easy", "length_group": "short"},
+         r"longbench_v2.jsonl:1: field 'answers' must give one of the letters A, B, C, D, found str 'E'"),
+        ("trec", {**FOOD, "all_classes": []}, r"trec.jsonl:1: field 'all_classes' must name the classes"),
+        ("trec_e", {**FOOD, "length": -1}, r"trec_e.jsonl:1: field 'length' must not be below 0, found -1"),
     ],
-)
+)  # fmt: skip
 def test_bad_predictions_of_suites_are_placed(task: str, row: dict, message: str, tmp_path: Path) -> None:
     write_rows(tmp_path / f"{task}.jsonl", [row])
     with pytest.raises(ValueError, match=message):

@@ -26,6 +26,17 @@ def test_a_setting_that_a_later_version_leaves_open_is_no_other_setting(tmp_path
         folder.claim({"arms": {"merge": {"method": "asymkv", "chunk_size": 64}}}, {})
 
 
+def test_what_is_damaged_in_a_folder_is_placed(tmp_path):
+    folder = RecordFolder(tmp_path, fidelity.record_key)
+    folder.claim({}, {})
+    folder.records_path.write_text('{"kind": "row"}\n')
+    with pytest.raises(ValueError, match=r"records-0of1.jsonl:1: a record lacks dataset; it has kind"):
+        folder.read()
+    folder.run_path.write_text("{")
+    with pytest.raises(ValueError, match=r"run-0of1.json:1 is not JSON"):
+        folder.claim({}, {})
+
+
 @pytest.mark.parametrize("wrapped", [dict, lambda arm: [arm, 128, None]], ids=["settings", "identity"])
 def test_an_option_that_an_older_folder_does_not_know_was_at_its_default(tmp_path, wrapped):
     folder = RecordFolder(tmp_path, tuple)

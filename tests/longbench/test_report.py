@@ -9,6 +9,7 @@ import pytest
 
 from asymkv.longbench import predictions, report, report_tables
 from asymkv.longbench.data import ids_sha256
+from scripts.eval import main as evaluate
 
 
 def write_arm(folder: Path, name: str, losses: dict[str, float], *, stored: int = 100) -> None:
@@ -160,3 +161,46 @@ def test_costs_of_a_row_are_reported_where_records_tell_them(folder: Path) -> No
         "peak KV MB": "0.00", "peak RSS MB": "3.00", "of it in the row": "-", "peak device MB": "-",
     }  # fmt: skip
     assert named["full"]["peak RSS MB"] == "-"
+
+
+def test_an_arm_that_is_not_finished_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "asymkv" / "run.json").unlink()
+    (folder / "asymkv" / "records-0of1.jsonl").write_text("", encoding="utf-8")
+    assert [arm.name for arm in report.find_arms([folder])] == ["full", "none"]
+    assert "asymkv is not scored: its run is not finished" in caplog.text
+
+
+@pytest.mark.parametrize("field", ["pred", "nll", "dataset"])
+def test_a_record_that_lacks_what_scores_read_is_placed(folder: Path, field: str) -> None:
+    path = folder / "full" / "qasper.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    del rows[1][field]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"qasper.jsonl:2: a record lacks {field}; it has"):
+        report.find_arms([folder])
+
+
+def test_a_run_without_answers_has_retention_alone(folder: Path) -> None:
+    for path in folder.glob("*/run.json"):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        run["settings"]["generate"] = False
+        path.write_text(json.dumps(run), encoding="utf-8")
+    for path in folder.glob("*/qasper.jsonl"):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        path.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "pred"}) + "\n" for r in rows))
+    found = report.build_report(report.find_arms([folder]))["asymkv"]
+    assert found["scores"] == {} and found["retention"]["value"] == pytest.approx(4 / 6)
+
+
+def test_a_folder_may_hold_arms_and_predictions(folder: Path) -> None:
+    (folder / "theirs").mkdir()
+    line = {"pred": "yes", "answers": ["yes"], "all_classes": None, "length": 10}
+    (folder / "theirs" / "qasper.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    assert set(evaluate([str(folder)])) == {"full", "none", "asymkv", "theirs"}
+
+
+def test_an_interval_that_is_none_is_not_printed(tmp_path: Path) -> None:
+    for name, loss in (("full", 1.0), ("none", 3.0), ("asymkv", 2.0)):
+        write_arm(tmp_path, name, {"a": loss})
+    rows = report_tables.table_rows(report.build_report(report.find_arms([tmp_path])))[1]
+    assert "0.500" in rows[-1] and not any("nan" in cell for row in rows for cell in row)

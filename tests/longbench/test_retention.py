@@ -55,6 +55,8 @@ def test_a_task_that_its_context_does_not_help_is_nan_and_left_out():
     assert found.value == 0.5
     assert math.isnan(found.low) and math.isnan(found.high)  # one row a task says nothing about its spread
     assert math.isnan(retention.pooled_ratio({"useless": np.array([[0.5, -0.1]])}).value)
+    many = {**groups, "useless": np.array([[0.5, -0.1]] * 3)}
+    assert math.isnan(retention.pooled_ratio(many).low), "the rows of a task that is left out say nothing either"
 
 
 def test_paired_difference_is_the_difference_of_retentions():

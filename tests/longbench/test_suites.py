@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from asymkv.longbench import data, suites
+from asymkv.longbench import data, models, suites
 from asymkv.longbench.suites import gsm8k, longbench_v2, squad, topics
 from asymkv.longbench.suites.base import Benchmark, hub_records
 
@@ -330,3 +330,25 @@ def test_published_topics_of_both_formats(tmp_path: Path) -> None:
 def test_a_topic_counts_wherever_it_is_named() -> None:
     record = {"pred": "The first topic was Keeping  Bees in a CITY.", "answers": ["keeping bees in a city"]}
     assert topics.topic_named(record) == 1.0 and topics.topic_named({**record, "pred": "keeping bees"}) == 0.0
+
+
+def test_options_of_what_is_not_run_are_refused() -> None:
+    suites.check_options({"ruler": {"rows": 3}}, ["needle"], ["ruler_vt", "needle"])
+    for options in ({"ruler": {"rows": 3}}, {"ruler_vt": {"rows": 3}}):
+        with pytest.raises(ValueError, match=r"options of ruler.*, which is not run; the datasets are needle"):
+            suites.check_options(options, ["needle"], ["needle"])
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        ("ruler_niah_single", {"lengths": [50]}, "of length 50: 128 tokens are kept for the answer alone"),
+        ("ruler_cwe", {"lengths": 4096.0}, "lengths must be a list of token counts, found 4096.0"),
+        ("topic_retrieval", {"ask": 1}, "ask must be a list of the topics' numbers, found 1"),
+        ("topic_retrieval", {"text": 5}, "text must name a file or a folder of .txt files, found 5"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(dataset: str, options: dict, message: str, tokenizer) -> None:
+    reader = suites.Reader(models.ModelSpec("tiny", "tiny", 4096, chat_template=False), tokenizer)
+    with pytest.raises(ValueError, match=message):
+        data.load_rows(dataset, options=options, reader=reader)

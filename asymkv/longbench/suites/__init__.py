@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -52,16 +52,19 @@ def groups() -> dict[str, tuple[str, ...]]:
     return {suite.name: suite.group for suite in SUITES}
 
 
-def check_options(options: Mapping[str, Any], others: Iterable[str] = ()) -> None:
+def check_options(
+    options: Mapping[str, Any], others: Iterable[str] = (), asked: Collection[str] | None = None
+) -> None:
     """Checks the shape and the names of what ``--options`` gave; each dataset checks its own settings.
 
     Args:
         options: settings by dataset, or by suite for those of its datasets that take them.
         others: further datasets that have settings (the embedded tasks).
+        asked: the datasets that are run; None: not told.
 
     Raises:
-        ValueError: for a name that is neither a suite nor a dataset with settings, settings that are no object, or a
-            setting that no dataset of the suite has; each lists what is allowed.
+        ValueError: for a name that is neither a suite nor a dataset with settings, settings that are no object, a
+            setting that no dataset of the suite has, or settings of what is not run; each lists what is allowed.
     """
     suites = {suite.name: suite for suite in SUITES}
     known = list(dict.fromkeys([*suites, *names(), *others]))
@@ -70,6 +73,9 @@ def check_options(options: Mapping[str, Any], others: Iterable[str] = ()) -> Non
             raise ValueError(f"options for {name!r}, which has none; known: {', '.join(known)}")
         if not isinstance(settings, Mapping):
             raise ValueError(f"options of {name} must be an object of settings, found {settings!r}")
+        members = {name, *(benchmark.name for benchmark in suites[name].benchmarks)} if name in suites else {name}
+        if asked is not None and not members & set(asked):
+            raise ValueError(f"options of {name}, which is not run; the datasets are {', '.join(asked)}")
         if name in suites and find(name) is None:
             allowed = list(dict.fromkeys(key for benchmark in suites[name].benchmarks for key in benchmark.options))
             unknown = sorted(set(settings) - set(allowed))

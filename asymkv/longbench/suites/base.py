@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from asymkv.longbench import models
 from asymkv.longbench.data import Task
 from asymkv.longbench.files import sha256
-from asymkv.longbench.jsonl import check_finite, numbered_objects, shown
+from asymkv.longbench.jsonl import check_finite, numbered_objects, read_json, shown
 from asymkv.longbench.prompts import prompt_tokens
 from asymkv.longbench.rows import Row, check_ids, check_row
 
@@ -80,6 +80,7 @@ class Benchmark:
         score: score in [0, 1] of one record, or of one turn of it, by its ``pred`` and ``answers``.
         details: further scores in percent, by name, of all records.
         reads: fields of a record, or of a turn of it, that the scores read beside ``pred`` and ``answers``.
+        refuse: why the scores cannot read the values of these fields in a record, or in a turn of it; None if they can.
     """
 
     task: Task
@@ -87,6 +88,7 @@ class Benchmark:
     score: Callable[[Row], float]
     details: Callable[[Sequence[Row]], dict[str, float]] | None = None
     reads: tuple[str, ...] = ()
+    refuse: Callable[[Row], str | None] | None = None
 
     @property
     def name(self) -> str:
@@ -113,12 +115,20 @@ class Benchmark:
         placed = [(f"{self.name}, row {index}", entry) for index, entry in enumerate(made)]
         for place, entry in placed:
             check_row(self.name, entry, place)
-            if not all(turn["answers"] for turn in turns_of(entry)):
-                raise ValueError(f"{place}: field 'answers' is empty")
+            for turn in turns_of(entry):
+                self.check(turn, place)
         check_ids(placed)
         if not made:
             raise ValueError(f"{self.name} has no rows in {source.data_dir or 'what it is read from'}")
         return made
+
+    def check(self, record: Row, place: str) -> None:
+        """Checks what the scores read of a record, or of a turn of it; errors begin with ``place``."""
+        if not record["answers"]:
+            raise ValueError(f"{place}: field 'answers' is empty")
+        reason = self.refuse(record) if self.refuse is not None else None
+        if reason is not None:
+            raise ValueError(f"{place}: {reason}")
 
     def total(self, records: Sequence[Row]) -> float:
         """Mean score in percent, two decimals; each turn of a record counts like a row."""
@@ -182,16 +192,6 @@ def find_file(data_dir: Path, names: Sequence[str]) -> Path:
     there = sorted(path.name for path in data_dir.iterdir()) if data_dir.is_dir() else []
     listed = ", ".join(there[:20]) + (" ..." if len(there) > 20 else "")
     raise FileNotFoundError(f"{data_dir} has none of {', '.join(names)}; it holds: {listed or 'nothing'}")
-
-
-def read_json(path: Path) -> Any:
-    """The content of a json file; the error names file and line."""
-    try:
-        return json.loads(path.read_bytes().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno} is not JSON: {error.msg}") from error
 
 
 def read_records(path: Path) -> list[tuple[str, Row]]:

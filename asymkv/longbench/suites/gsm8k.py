@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 
 from asymkv.longbench.data import Row, Task
+from asymkv.longbench.jsonl import shown
 from asymkv.longbench.suites.base import (
     Benchmark,
     Source,
@@ -130,14 +131,28 @@ def _said(record: Row) -> str:
     return record["pred"].strip().split("\n")[0]
 
 
+def _reference(record: Row) -> str | None:
+    """The solution's number: behind ``####``, or by itself."""
+    answer = record["answers"][0].strip()
+    return marked_number(answer) or (_plain(answer) if _NUMBER.fullmatch(answer) else None)
+
+
+def refuse(record: Row) -> str | None:
+    """Why a record cannot be scored."""
+    if _reference(record) is None:
+        found = shown(record["answers"][0])
+        return f"field 'answers' must be a solution that ends in '#### number', or the number, found {found}"
+    return None
+
+
 def exact_match(record: Row) -> float:
     """1 if the final number is the solution's."""
-    return float(final_number(_said(record)) == marked_number(record["answers"][0]))
+    return float(final_number(_said(record)) == _reference(record))
 
 
 def strict_match(record: Row) -> float:
     """1 if the number after ``####`` is the solution's."""
-    return float(marked_number(_said(record)) == marked_number(record["answers"][0]))
+    return float(marked_number(_said(record)) == _reference(record))
 
 
 def details(records: Sequence[Row]) -> dict[str, float]:
@@ -146,4 +161,4 @@ def details(records: Sequence[Row]) -> dict[str, float]:
 
 
 TASK = Task("gsm8k", TEMPLATE, MAX_NEW_TOKENS, raw=True, newline_stop=True)
-SUITE = Suite("gsm8k", (Benchmark(TASK, load, exact_match, details),))
+SUITE = Suite("gsm8k", (Benchmark(TASK, load, exact_match, details, refuse=refuse),))

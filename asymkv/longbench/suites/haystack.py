@@ -13,6 +13,7 @@ from pathlib import Path
 
 from asymkv.longbench import embedded
 from asymkv.longbench.suites.base import Reader, Source
+from asymkv.texts import read_text
 
 # A sentence that is longer is cut, so that facts can be planted at any depth of a text without full stops.
 MAX_SENTENCE_WORDS = 60
@@ -57,6 +58,8 @@ def load_text(source: Source, path: str | None) -> Text:
         ValueError: for a text without words.
     """
     if path is not None:
+        if not isinstance(path, (str, Path)):
+            raise ValueError(f"text must name a file or a folder of .txt files, found {path!r}")
         found = Path(path)
         if not found.is_file() and not list(found.glob("*.txt")):
             raise FileNotFoundError(f"text {path}: neither a file nor a folder of .txt files")
@@ -74,7 +77,7 @@ def _embedded() -> Text:
 @cache
 def _read(path: Path) -> Text:
     files = [path] if path.is_file() else sorted(path.glob("*.txt"))
-    words = (file.read_text(encoding="utf-8") for file in files)
+    words = map(read_text, files)
     sentences = [part for text in words for sentence in _split(text) for part in _cut(sentence)]
     if not sentences:
         raise ValueError(f"text {path} holds no words")

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from asymkv.longbench.data import Row, Task
+from asymkv.longbench.jsonl import shown
 from asymkv.longbench.suites.base import (
     Benchmark,
     Source,
@@ -26,6 +26,7 @@ from asymkv.longbench.suites.base import (
     read_records,
     row,
 )
+from asymkv.texts import read_text
 
 HUB = "THUDM/LongBench-v2"
 FILES = ("longbench_v2.jsonl", "longbench_v2.json", "data.json")
@@ -49,7 +50,7 @@ def load(source: Source, *, prompt: str | None = None) -> list[Row]:
         ValueError: for a record without a field or with an unknown answer, difficulty or length, or a prompt without
             one ``$DOC$``.
     """
-    text = PROMPT if prompt is None else Path(prompt).read_text(encoding="utf-8").strip()
+    text = PROMPT if prompt is None else read_text(prompt).strip()
     if text.count("$DOC$") != 1:
         raise ValueError(f"prompt {prompt} must contain $DOC$ exactly once")
     if source.data_dir is None:
@@ -89,9 +90,22 @@ def extract_answer(text: str) -> str | None:
     return found and found.group(1)
 
 
+def _reference(record: Row) -> str | None:
+    """The right letter: from a whole answer, as this package's rows have it, or by itself."""
+    answer = record["answers"][0]
+    return answer if answer in LETTERS else extract_answer(answer)
+
+
+def refuse(record: Row) -> str | None:
+    """Why a record cannot be scored."""
+    if _reference(record) is None:
+        return f"field 'answers' must give one of the letters {', '.join(LETTERS)}, found {shown(record['answers'][0])}"
+    return None
+
+
 def accuracy(record: Row) -> float:
     """1 if the prediction gives the right letter."""
-    return float(extract_answer(record["pred"]) == extract_answer(record["answers"][0]))
+    return float(extract_answer(record["pred"]) == _reference(record))
 
 
 def details(records: Sequence[Row]) -> dict[str, float]:
@@ -105,4 +119,4 @@ def details(records: Sequence[Row]) -> dict[str, float]:
 
 
 TASK = Task("longbench_v2", "{before}{context}{after}", MAX_NEW_TOKENS, record_fields=(*GROUPS, "domain", "sub_domain"))
-SUITE = Suite("longbench_v2", (Benchmark(TASK, load, accuracy, details, reads=tuple(GROUPS)),))
+SUITE = Suite("longbench_v2", (Benchmark(TASK, load, accuracy, details, tuple(GROUPS), refuse),))

@@ -47,12 +47,15 @@ def rows_by_length(
         ValueError: for a length above the model's prompt limit, or one that is too short for the task.
     """
     count("rows", rows)
-    if isinstance(lengths, int) or not lengths:
+    if not isinstance(lengths, (list, tuple)) or not lengths:
         raise ValueError(f"lengths must be a list of token counts, found {lengths!r}")
     reader = source.need_reader(task.dataset)
     made = []
     for length in lengths:
         limit = count("lengths", length) - task.max_new_tokens
+        if limit < 1:
+            raise ValueError(f"{task.dataset} of length {length}: {task.max_new_tokens} tokens are kept for the answer "
+                             f"alone; lengths must be above that")  # fmt: skip
         if limit > reader.spec.max_length:
             raise ValueError(
                 f"{task.dataset} of length {length} has prompts of up to {limit} tokens (the rest is for the answer); "

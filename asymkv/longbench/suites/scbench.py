@@ -22,6 +22,7 @@ from typing import Any
 
 from asymkv.longbench import metrics
 from asymkv.longbench.data import Row, Task
+from asymkv.longbench.jsonl import shown
 from asymkv.longbench.suites.base import (
     Benchmark,
     Source,
@@ -126,6 +127,22 @@ def summary_or_needle(record: Row) -> float:
     return {SUMMARY: rouge_lsum, PASSKEY: first_digits}[record["task"]](record)
 
 
+def _no_choice(record: Row) -> str | None:
+    answers = record["answers"]
+    good = len(answers) == 2 and answers[1] in tuple(LETTERS)
+    return None if good else f"field 'answers' must be the right choice's text and its letter, found {shown(answers)}"
+
+
+def _no_number(record: Row) -> str | None:
+    answer = record["answers"][0]
+    return None if NUMBER.fullmatch(answer) else f"field 'answers' must be a number, found {shown(answer)}"
+
+
+def _no_task(record: Row) -> str | None:
+    good = record["task"] in (SUMMARY, PASSKEY)
+    return None if good else f"field 'task' must be {SUMMARY} or {PASSKEY}, found {shown(record['task'])}"
+
+
 def _plain_question(turn: Row, where: str) -> str:
     return get(turn, "input", where)
 
@@ -179,6 +196,7 @@ class Kind:
         question: a turn's question as it is asked.
         answers: a turn's references.
         all_answers: whether an answer must name all references.
+        refuse: why a turn cannot be scored, as of a :class:`Benchmark`.
     """
 
     intro: str
@@ -187,6 +205,7 @@ class Kind:
     question: Callable[[Row, str], str] = _plain_question
     answers: Callable[[Row, str], list[str]] = _answers
     all_answers: bool = False
+    refuse: Callable[[Row], str | None] | None = None
 
 
 KINDS = {
@@ -196,12 +215,17 @@ KINDS = {
     "scbench_qa_eng": Kind("Read this book and answer questions in few words.", 40, contains_any, _named_question),
     "scbench_qa_chn": Kind("Read this book and answer questions in few words.", 40, character_f1, _named_question),
     "scbench_choice_eng": Kind(
-        "Read this book and answer questions.", 40, right_choice, _choice_question, _choice_answers
+        "Read this book and answer questions.", 40, right_choice, _choice_question, _choice_answers,
+        refuse=_no_choice,
     ),
     "scbench_many_shot": Kind("Learn from these examples.", 10, contains_any),
-    "scbench_mf": Kind("Find numbers in this list.", 5, first_number, _number_question, _number_answers),
+    "scbench_mf": Kind(
+        "Find numbers in this list.", 5, first_number, _number_question, _number_answers, refuse=_no_number
+    ),
     "scbench_summary": Kind("Read these documents.", 200, rouge_lsum),
-    "scbench_summary_with_needles": Kind("Read these documents.", {SUMMARY: 800, PASSKEY: 15}, summary_or_needle),
+    "scbench_summary_with_needles": Kind(
+        "Read these documents.", {SUMMARY: 800, PASSKEY: 15}, summary_or_needle, refuse=_no_task
+    ),
 }
 
 
@@ -270,7 +294,7 @@ def _benchmark(dataset: str, kind: Kind) -> Benchmark:
     longest = kind.max_new_tokens if isinstance(kind.max_new_tokens, int) else max(kind.max_new_tokens.values())
     task = Task(dataset, TEMPLATE, longest, all_answers=kind.all_answers, record_fields=("mode", "earlier"))
     reads = ("task",) if isinstance(kind.max_new_tokens, dict) else ()
-    return Benchmark(task, partial(load, dataset), kind.score, partial(details, kind.score), reads)
+    return Benchmark(task, partial(load, dataset), kind.score, partial(details, kind.score), reads, kind.refuse)
 
 
 SUITE = Suite("scbench", tuple(_benchmark(dataset, kind) for dataset, kind in KINDS.items()))

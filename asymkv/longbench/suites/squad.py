@@ -16,6 +16,7 @@ from pathlib import Path
 
 from asymkv.longbench import metrics
 from asymkv.longbench.data import Row, Task
+from asymkv.longbench.jsonl import read_json, shown
 from asymkv.longbench.suites.base import (
     Benchmark,
     Source,
@@ -24,7 +25,6 @@ from asymkv.longbench.suites.base import (
     get,
     hub_records,
     percent,
-    read_json,
     read_records,
     row,
 )
@@ -99,10 +99,17 @@ def said(record: Row) -> str:
     return "" if no_answer else text
 
 
+def refuse(record: Row) -> str | None:
+    """Why a record cannot be scored."""
+    if not isinstance(record["is_impossible"], bool):
+        return f"field 'is_impossible' must be true or false, found {shown(record['is_impossible'])}"
+    return None
+
+
 def _gold(record: Row) -> list[list[str]]:
-    """Words of each reference that has any; of a question without an answer, the empty answer."""
+    """Words of each reference; in 2.0, of those that have any, or the empty answer where there is none."""
     answers = [] if record["is_impossible"] else [metrics.words(answer) for answer in record["answers"]]
-    return [words for words in answers if words] or [[]]
+    return answers if record["dataset"] == "squad" else [words for words in answers if words] or [[]]
 
 
 def exact_match(record: Row) -> float:
@@ -111,9 +118,11 @@ def exact_match(record: Row) -> float:
 
 
 def f1(record: Row) -> float:
-    """Best token F1 over the references; against an empty side, 1 if both are empty."""
-    words = metrics.words(said(record))
-    return max(metrics.token_f1(words, gold) if words and gold else float(words == gold) for gold in _gold(record))
+    """Best token F1 over the references; against an empty side 0, in 2.0 1 if both are empty."""
+    words, both_empty = metrics.words(said(record)), float(record["dataset"] != "squad")
+    return max(
+        metrics.token_f1(words, gold) if words and gold else both_empty * (words == gold) for gold in _gold(record)
+    )
 
 
 def details(records: Sequence[Row]) -> dict[str, float]:
@@ -130,7 +139,7 @@ def details(records: Sequence[Row]) -> dict[str, float]:
 
 def _benchmark(dataset: str) -> Benchmark:
     task = Task(dataset, TEMPLATE, MAX_NEW_TOKENS, record_fields=("is_impossible",))
-    return Benchmark(task, partial(load, dataset), f1, details, reads=("is_impossible",))
+    return Benchmark(task, partial(load, dataset), f1, details, ("is_impossible",), refuse)
 
 
 SUITE = Suite("squad", (_benchmark("squad"), _benchmark("squad_v2")), apart=frozenset({"squad_v2"}))

@@ -57,9 +57,11 @@ def load(
         FileNotFoundError: if the folder has none of the files.
         ValueError: for bad settings, or a record that has neither format.
     """
-    count("topics", topics, max(ask, default=1))
+    if not isinstance(ask, (list, tuple)) or not ask:
+        raise ValueError(f"ask must be a list of the topics' numbers, found {ask!r}")
     for number in ask:
         choice("ask", number, tuple(range(1, len(ORDINALS) + 1)))
+    count("topics", topics, max(ask))
     if source.data_dir is not None and not generate:
         found = read_records(find_file(source.data_dir, (*FILES, f"{topics}_topics.jsonl")))
         return [made for where, record in found for made in _published(where, record)]
