@@ -18,7 +18,7 @@ from asymkv.budgets.layers import Request
 from asymkv.config import CompressionConfig
 from asymkv.dimensions import Projection
 from asymkv.layer import CompressedLayer
-from asymkv.ledger import BudgetLedger, cache_shape
+from asymkv.ledger import GENERATED, PROMPT, BudgetLedger, cache_shape
 from asymkv.models import get_adapter
 from asymkv.models._compat import Cache, columns_to_crop
 from asymkv.ops import resolve_backend
@@ -127,7 +127,7 @@ class CompressedCache(BudgetLedger, Cache):
         self.backend = resolve_backend(config.backend, rope.device, head_dim, dtype, widths)
         self.step: Step | None = None
         self.open_ledger()
-        self.tail = torch.zeros(0, 0, dtype=torch.bool)  # columns since the last compaction: token or padding
+        self.tail = torch.zeros(0, 0, dtype=torch.int8)  # columns since the last compaction, see ledger.PROMPT
         self.compactions = 0
         self.peak_rows = 0
         self.peak_nbytes = 0
@@ -264,11 +264,11 @@ class CompressedCache(BudgetLedger, Cache):
         if self.in_call:
             raise ValueError("the last forward on this cache was interrupted, so that its layers disagree; go on from "
                              "a fork() made before it, or reset()")
-        prompt = self.count_prompt(counts)
+        self.call_prompt = self.count_prompt(counts)
         if not self.tail.shape[0]:
-            self.tail = torch.zeros(len(counts), 0, dtype=torch.bool)
+            self.tail = torch.zeros(len(counts), 0, dtype=torch.int8)
         self.in_call = True
-        return prompt
+        return self.call_prompt
 
     def next_positions(
         self, counts: list[int], device: torch.device, dtype: torch.dtype
@@ -285,7 +285,8 @@ class CompressedCache(BudgetLedger, Cache):
         for layer in self.layers:
             layer.columns_seen += valid.shape[1]
         self.step, self.in_call = None, False
-        self.tail = valid[:, :0] if compacted else torch.cat([self.tail, valid], dim=1)
+        kinds = valid * torch.tensor([[PROMPT if p else GENERATED] for p in self.call_prompt], dtype=torch.int8)
+        self.tail = kinds[:, :0] if compacted else torch.cat([self.tail, kinds], dim=1)
 
     def measure(self, layer: CompressedLayer) -> None:
         """Updates the peaks after an append to one layer."""
@@ -312,12 +313,13 @@ class CompressedCache(BudgetLedger, Cache):
             )
         if count == 0:
             return
-        removed = self.tail[:, -count:].sum(1).tolist()
+        cut = self.tail[:, -count:]
+        removed = (cut > 0).sum(1).tolist()
         for layer in self.layers:
             layer.truncate(count, removed)
             if layer.ring is not None:
                 layer.ring.clear()
-        self.pending = [max(p - r, 0) for p, r in zip(self.pending, removed, strict=True)]
+        self.uncount(removed, (cut == PROMPT).sum(1).tolist())
         self.tail = self.tail[:, :-count]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -338,14 +340,14 @@ class CompressedCache(BudgetLedger, Cache):
     def _select(self, rows: list[int]) -> None:
         for name in ("prompt_tokens", "pending", "expected_prompt", "prompt_until"):
             setattr(self, name, [getattr(self, name)[r] for r in rows] if getattr(self, name) else [])
-        self.tail = self.tail[rows]
+        self.tail = self.tail[rows] if self.prompt_tokens else self.tail
 
     def reset(self) -> None:
         """Forgets everything seen."""
         super().reset()
         self.step, self.in_call, self.dialogue = None, False, ""
         self.open_ledger()
-        self.tail = torch.zeros(0, 0, dtype=torch.bool)
+        self.tail = torch.zeros(0, 0, dtype=torch.int8)
         self.compactions = self.peak_rows = self.peak_nbytes = 0
         self._bytes = [0] * len(self.layers)
 

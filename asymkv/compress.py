@@ -96,7 +96,7 @@ def compress_many(
     elif system is not None:
         raise ValueError("system belongs to a text; found token ids, which are taken as they are")
     else:
-        ids, prefix, dialogue = context, None, ""
+        ids, prefix, dialogue = _checked_ids(context), None, ""
     made = [_spelled(make_config(config, {}), tokenizer, prefix) for config in configs]
     check_shared(made)
     with patched(model, made[0]):
@@ -105,6 +105,14 @@ def compress_many(
     for cache in caches:
         cache.dialogue = dialogue
     return caches
+
+
+def _checked_ids(context: Any) -> Tensor:
+    """Raises ValueError for what are no token ids ``[B, t]``."""
+    if isinstance(context, Tensor) and context.ndim == 2 and not context.is_floating_point():
+        return context
+    found = f"a tensor {list(context.shape)} of {context.dtype}" if isinstance(context, Tensor) else type(context)
+    raise ValueError(f"context is a text or token ids [B, t], an integer tensor; found {found}")
 
 
 def ask(

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 # cardinality (int32), log n (fp32) and position (int32) of a row
 METADATA_BYTES = 12
 POSITION_BYTES = 8  # int64, of a remembered query
+GENERATED, PROMPT = 1, 2  # what a column that may be cropped was; 0 = padding
 
 
 def cache_shape(
@@ -58,6 +59,7 @@ class BudgetLedger:
         self.expected_prompt: list[int] = []  # the same once the announced prompt is in
         self.prompt_until: list[int] = []  # tokens seen once the announced prompt is in
         self.pending: list[int] = []  # generated tokens since the last compaction
+        self.generated: list[int] = []  # generated tokens up to the end of the forward that began last
         self._raised_reported = False
 
     @property
@@ -110,6 +112,9 @@ class BudgetLedger:
         seen = self.layers[0].tokens or [0] * len(counts)
         until = self.prompt_until or [0] * len(counts)
         prompt = self.is_prompt(counts)
+        self.generated = [
+            s - p + (0 if own else c) for s, p, c, own in zip(seen, self.prompt_tokens, counts, prompt, strict=True)
+        ]
         if "whole_prompt" in self.config.options.needs:
             short = [u - s for c, s, u in zip(counts, seen, until, strict=True) if s + c < u]
             if short:
@@ -121,6 +126,18 @@ class BudgetLedger:
             if prompt[row]:
                 self.prompt_tokens[row] += count
         return prompt
+
+    def uncount(self, removed: list[int], of_prompt: list[int]) -> None:
+        """Forgets the newest ``removed[b]`` tokens of each row, ``of_prompt[b]`` of them of its prompt; layers first.
+
+        What was still to come of an announced prompt is not expected any more.
+        """
+        generated = [r - p for r, p in zip(removed, of_prompt, strict=True)]
+        self.pending = [max(n - g, 0) for n, g in zip(self.pending, generated, strict=True)]
+        self.prompt_tokens = [n - p for n, p in zip(self.prompt_tokens, of_prompt, strict=True)]
+        if self.expected_prompt:
+            self.expected_prompt = [*map(min, self.expected_prompt, self.prompt_tokens)]
+            self.prompt_until = [*map(min, self.prompt_until, self.layers[0].tokens)]
 
     def reaching(self, layer: int, counts: list[int]) -> list[int]:
         """Per row of the batch, how many of ``counts[b]`` new tokens reach a layer; all of them past the last one."""
@@ -146,8 +163,16 @@ class BudgetLedger:
         expected = self.expected_prompt or [0] * len(self.prompt_tokens)
         return [max(a, b) for a, b in zip(self.prompt_tokens, expected, strict=True)]
 
-    def requests(self, counts: list[int], is_prompt: list[bool]) -> list[Request | None]:
-        """What each row of the batch is compacted to after a chunk; None: it is not."""
+    def requests(self, counts: list[int], is_prompt: list[bool], *, now: bool = False) -> list[Request | None]:
+        """What each row of the batch is compacted to after a chunk; None: it is not.
+
+        A ratio is a share of the prompt; generated rows that the method never judges, and so keeps, come on top of it.
+
+        Args:
+            counts: own tokens of the chunk.
+            is_prompt: whether they are prompt.
+            now: between two forwards: rows are compacted that have no new tokens.
+        """
         out: list[Request | None] = [None] * len(counts)
         if not self.config.options.compresses:
             return out
@@ -158,13 +183,21 @@ class BudgetLedger:
             if not due and count and config.decode_interval:
                 self.pending[row] += count
                 due = self.pending[row] >= config.decode_interval
-            if due and count:
+            if due and (count or now):
                 self.pending[row] = 0
                 ratio = None if raised[row] else config.ratio
+                extra = self._kept_on_top(row, between=now)
                 out[row] = Request(
-                    rows[row], tokens[row], ratio, config.sink_size, config.window_size, self._seen_after(row, count)
-                )
+                    rows[row] + extra, tokens[row] + extra, ratio if not extra else None, config.sink_size,
+                    config.window_size, self._seen_after(row, count),
+                )  # fmt: skip
         return out
+
+    def _kept_on_top(self, row: int, *, between: bool) -> int:
+        """Generated rows that a share of the prompt does not cover."""
+        if self.config.ratio is None or not self.config.options.keeps_generated:
+            return 0
+        return self.layers[0].tokens[row] - self.prompt_tokens[row] if between else self.generated[row]
 
     def _seen_after(self, row: int, count: int) -> int:
         """Own tokens of a row once ``count`` more are in, and the rest of an announced prompt."""

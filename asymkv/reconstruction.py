@@ -240,7 +240,7 @@ def prune(cache: CompressedCache, ratio: float | None, budget: int | str | None)
     batch = len(out.prompt_tokens)
     if isinstance(prefix := getattr(out.config.options, "prefix", None), int):
         _check_prefix(out, prefix, out.prompt_tokens)
-    requests = out.requests([1] * batch, [True] * batch)
+    requests = out.requests([0] * batch, [True] * batch, now=True)
     nothing = torch.zeros(batch, 0, dtype=torch.long)
     due = out.exceeding(requests, [0] * batch)
     limits = out.limits(requests, [0] * batch)

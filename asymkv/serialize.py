@@ -37,7 +37,12 @@ def save(cache: CompressedCache, path: str | Path, model: PreTrainedModel) -> No
     Args:
         path: folder, made if needed.
         model: the model that filled the cache.
+
+    Raises:
+        ValueError: for a cache that has seen nothing.
     """
+    if not cache.prompt_tokens:
+        raise ValueError("nothing has been put into this cache: there is nothing to save; fill it first")
     folder = Path(path)
     tensors: dict[str, Tensor] = {}
     layers = [_pack(layer, tensors) for layer in cache.layers]
@@ -93,7 +98,7 @@ def load(path: str | Path, model: PreTrainedModel) -> CompressedCache:
     cache.files = manifest["files"]  # what chose its rows, should it be saved again
     for name in _STATE:
         setattr(cache, name, manifest["state"][name])
-    cache.tail = torch.tensor(manifest["tail"], dtype=torch.bool).view(len(cache.prompt_tokens), -1)
+    cache.tail = torch.tensor(manifest["tail"], dtype=torch.int8).view(len(cache.prompt_tokens), -1)
     for layer, saved_layer in zip(cache.layers, manifest["layers"], strict=True):
         _unpack(layer, saved_layer, tensors)
     cache._bytes = [layer.nbytes for layer in cache.layers]

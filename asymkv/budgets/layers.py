@@ -95,7 +95,8 @@ class Pyramid(LayerBudgets):
 
     Args:
         beta: the last layer keeps ``1 / beta`` of the mean, the first about twice it.
-        variant: "paper" (KVCache-Factory's formula, window and sinks on top in every layer, sums exact) or "kvpress"
+        variant: "paper" (KVCache-Factory's formula, window and sinks on top in every layer, sums exact; an even split
+            where the prompt is shorter than twice the mean) or "kvpress"
             (the window inside, every layer rounded by itself, an even split where the last would fall below the
             window).
     """
@@ -116,6 +117,8 @@ class Pyramid(LayerBudgets):
         if self.variant == "kvpress":
             return self._rows_kvpress(request, layers)
         mean, most = request.rows - request.protected, request.tokens - request.protected
+        if request.tokens < 2 * mean:
+            return [request.rows] * layers
         low = mean // self.beta
         high = 2 * mean - low
         if high >= most:

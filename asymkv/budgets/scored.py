@@ -13,7 +13,7 @@ from torch import Tensor
 from asymkv import head_scores
 from asymkv.budgets.heads import HeadBudgets, Rows
 from asymkv.budgets.split import apportion
-from asymkv.checks import check_number
+from asymkv.checks import check_integer, check_number
 
 if TYPE_CHECKING:
     from asymkv.budgets.layers import Request
@@ -148,7 +148,8 @@ class Retrieval(ScoredHeads):
     those of a published rule instead, and the budget is not asked.
 
     Args:
-        share: share of all heads of the model that are full at most; None = as many as fit.
+        share: share of all heads of the model that are full; None = as many as fit. Without ``echo`` those at or above
+            the scores' quantile of the others' share (linear, as DuoAttention's ``sparsity``).
         recent: rows of the other heads beside the sinks; needs ``share``.
         divisor: at least the tokens seen divided by this, if given; needs ``recent``.
         extra: rows of the other heads beside that (RazorAttention's compensation row).
@@ -167,7 +168,7 @@ class Retrieval(ScoredHeads):
         if self.share is not None:
             check_number("share of head_budgets='retrieval'", self.share, 0, 1)
         if self.recent is not None:
-            check_number("recent of head_budgets='retrieval'", self.recent, 1)
+            check_integer("recent of head_budgets='retrieval'", self.recent, 1)
             if self.share is None:
                 raise ValueError("recent of head_budgets='retrieval' needs share: nothing else says which heads "
                                  "are full")
@@ -208,7 +209,8 @@ class Retrieval(ScoredHeads):
             return heads
         if self.echo:
             return int((-table < heads * self.share - 1e-6).sum())
-        return math.floor(heads * self.share + 0.5)
+        streaming = math.ceil((1 - self.share) * (heads - 1) - 1e-9)
+        return heads - streaming if self.share > 0 else 0
 
     def share_out(self, table: Tensor, request: Request, layers: Tensor, held: Tensor) -> Tensor:
         heads, longest, count = table.numel(), request.longest, self.full_heads(table)

@@ -18,6 +18,8 @@ def make_split(name: str, setting: str | Mapping[str, Any], kinds: Mapping[str, 
     Raises:
         ValueError: for an unknown kind, an unknown key of a known kind, or a bad value; lists what is allowed.
     """
+    if not isinstance(setting, (str, Mapping)):
+        raise ValueError(f"{name} must be a kind or a mapping with one; found {setting!r}; allowed: {sorted(kinds)}")
     mapping: dict[str, Any] = {"kind": setting} if isinstance(setting, str) else dict(setting)
     kind = str(mapping.pop("kind", None))
     if kind not in kinds:

@@ -38,6 +38,7 @@ class Method:
             a prompt's tokens than :meth:`layer_tokens` says: ``asymkv.narrowing``).
         compresses: False for the full cache.
         splits_budget: whether budgets may differ between heads and layers: what to lose is chosen by :meth:`judge`.
+        keeps_generated: whether generated rows are never judged and always stay, on top of a ratio of the prompt.
     """
 
     title: ClassVar[str] = ""
@@ -45,6 +46,7 @@ class Method:
     position_policy: ClassVar[str] = "original"
     compresses: ClassVar[bool] = True
     splits_budget: ClassVar[bool] = True
+    keeps_generated: ClassVar[bool] = False
 
     # Set from the configuration when it is validated: rows that are never touched.
     sink_size: int = dataclasses.field(default=0, init=False, repr=False)

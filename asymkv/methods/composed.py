@@ -87,7 +87,7 @@ class ChunkKV(Composed):
     Args:
         chunk_length: rows of a chunk.
         whole_chunks: keep ``max(1, floor(ratio * chunks))`` whole chunks instead, so that the budget is met only
-            nearly (as kvpress does).
+            nearly (as kvpress does); a prompt shorter than a chunk keeps the best rows of each head.
     """
 
     title: ClassVar[str] = "ChunkKV, arXiv 2502.00299"
@@ -114,19 +114,23 @@ class ChunkKV(Composed):
 
     def score(self, view: RowView) -> Tensor:
         """Mean over its chunk of a row's scores, summed over heads, ``[B, H_kv, T]``."""
-        scores = self.row_scores(view).masked_fill(~view.valid, 0)
-        # Absent rows are 0, which is more than any score may be: they must not lift the window's.
-        top = scores.masked_fill(~view.valid, -torch.inf).amax((1, 2), keepdim=True) + 1
-        recent = view.positions >= (view.tokens - self.window_size)[:, None, None]
-        scores = torch.where(recent & view.valid, top, scores).sum(1)
+        scores = self._with_window(view).sum(1)
         chunk = torch.arange(scores.shape[1], device=scores.device) // self.chunk_length
         chunk = chunk.expand_as(scores)
         size = torch.zeros_like(scores).scatter_add_(1, chunk, view.valid[:, 0].to(scores.dtype))
         total = torch.zeros_like(scores).scatter_add_(1, chunk, scores)
         return (total / size.clamp(min=1)).gather(1, chunk)[:, None].expand_as(view.valid)
 
+    def _with_window(self, view: RowView) -> Tensor:
+        """The rows' own scores ``[B, H_kv, T]``, the window's above all others; 0 where there is no row."""
+        scores = self.row_scores(view).masked_fill(~view.valid, 0)
+        # Absent rows are 0, which is more than any score may be: they must not lift the window's.
+        top = scores.masked_fill(~view.valid, -torch.inf).amax((1, 2), keepdim=True) + 1
+        recent = view.positions >= (view.tokens - self.window_size)[:, None, None]
+        return torch.where(recent & view.valid, top, scores)
+
     def plan(self, view: RowView, heads: HeadBudgets | None = None) -> CompactionPlan:
-        """The best chunks."""
+        """The best chunks; of fewer rows than a chunk has, each head's best, as kvpress does."""
         if not self.whole_chunks:
             return super().plan(view, heads)
         length = view.lengths.amax(1)
@@ -138,7 +142,10 @@ class ChunkKV(Composed):
         leaders = leader & view.valid
         gone = lowest(self.score(view), (chunks - kept)[:, None].expand_as(view.lengths), leaders)
         first = torch.arange(leader.shape[0], device=length.device) // self.chunk_length * self.chunk_length
-        return keep_rows(~gone[..., first] & view.valid)
+        short = length < self.chunk_length
+        rows = torch.tensor([max(1, int(int(n) * s)) for n, s in zip(length, share, strict=True)], device=length.device)
+        alone = lowest(self._with_window(view), (length - rows)[:, None].expand_as(view.lengths), view.valid)
+        return keep_rows(~torch.where(short[:, None, None], alone, gone[..., first]) & view.valid)
 
 
 def _kept_share(request: Any, budget: int, length: int) -> float:

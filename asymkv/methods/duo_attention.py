@@ -22,7 +22,8 @@ class DuoAttention(HeadScored):
         head_scores: DuoAttention's pattern folder (``full_attention_heads.tsv`` and ``config.json``), or any scores of
             retrieval heads: file, folder or table ``[L][H_kv]``; None = the induction scores that
             ``scripts/find_retrieval_heads.py`` left for this model.
-        sparsity: share of heads that stream at least (the paper's: 0.5); None = as few as the budget allows.
+        sparsity: share of heads that stream, those below this quantile of the scores (the paper's: 0.5); None = as few
+            as the budget allows.
         recent_size: rows that a streaming head keeps beside the sinks (the paper's: 256, with 64 sinks); the budget
             is then not asked. Needs ``sparsity``. None = what the budget leaves.
     """

@@ -39,8 +39,9 @@ class Echo(KVzip):
 
     Rows that are stored never exceed budget and chunk on the average of the heads, and reading costs one more forward
     per chunk. A row is judged once, by the replay of its own chunk; its score stays with it. Generated tokens are never
-    judged: answers stay whole, beyond the budget where it cannot hold them. What to do with the cheapest rows is
-    decided in one currency (:class:`asymkv.replay_scores.Displacement`). Takes KVzip's arguments, and:
+    judged: answers stay whole, on top of a ratio of the prompt, and beyond a budget that cannot hold them. What to do
+    with the cheapest rows is decided in one currency (:class:`asymkv.replay_scores.Displacement`). Takes KVzip's
+    arguments, and:
 
     Args:
         over: what a probability is a share of: "stored" (everything that is stored and the replay) or "range" (KVzip's:

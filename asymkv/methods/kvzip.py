@@ -37,7 +37,9 @@ class KVzip(Method):
     """Keeps the rows that the model needs most to repeat its context, whatever will be asked; answers stay whole.
 
     Once the prompt is in, it is replayed in ranges (``asymkv.reconstruction``), which costs about as much as reading
-    it again. A later turn is replayed by itself and compacted with the stored scores of older rows.
+    it again. A later turn is replayed by itself and compacted with the stored scores of older rows. Generated tokens
+    are never judged and always stay: a ratio is of prompt tokens, and they come on top of it; a budget in rows or bytes
+    has to hold them, at the context's cost.
 
     Args:
         level: "pair" (one threshold over all layers and heads), "pair_uniform" (every head keeps equally many),
@@ -59,6 +61,7 @@ class KVzip(Method):
 
     title: ClassVar[str] = "KVzip, arXiv 2505.23416"
     chunk_size: ClassVar[int | None] = None
+    keeps_generated: ClassVar[bool] = True
 
     level: str = "pair"
     replay_chunk: int = 2000

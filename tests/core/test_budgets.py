@@ -88,6 +88,11 @@ def test_pyramid_of_the_paper():
     assert Pyramid(20).rows(request(128, 2000, window=8), 4) == [n + 8 for n in (234, 158, 82, 6)]
 
 
+def test_pyramid_of_a_prompt_below_twice_the_mean_is_even():
+    assert Pyramid(20).rows(request(608, 1000, window=8), 4) == [608] * 4
+    assert len(set(Pyramid(20).rows(request(508, 1000, window=8), 4))) == 4
+
+
 @pytest.mark.parametrize("layers", [1, 2, 32, 33])
 @pytest.mark.parametrize("tokens", [260, 300, 2000])
 def test_pyramid_sums_exactly_and_never_asks_for_more_than_there_is(layers, tokens):
@@ -183,6 +188,9 @@ def test_total_rows_meet_the_budget_and_memory_is_freed(settings):
 @pytest.mark.parametrize(("settings", "message"), [
     ({"head_budgets": {"kind": "adaptive", "floor": 1.5}}, "floor.*from 0 to 1; found 1.5"),
     ({"head_budgets": {"kind": "adaptive", "mode": "soft"}}, "mode.*'soft'.*interpolated"),
+    ({"head_budgets": None}, "head_budgets must be a kind or a mapping with one; found None; allowed: .*adaptive"),
+    ({"layer_budgets": ["pyramid"]}, "layer_budgets must be a kind or a mapping"),
+    ({"method": "duo_attention", "sparsity": 0.5, "recent_size": 10.5}, "recent .*an integer >= 1; found 10.5"),
     ({"layer_budgets": {"kind": "pyramid", "beta": 0.5}}, "beta.*>= 1; found 0.5"),
     ({"layer_budgets": {"kind": "dynamic", "r_max": 0}}, "r_max.*>= 1"),
     ({"layer_budgets": "global", "head_budgets": "adaptive"}, "splits over heads too"),

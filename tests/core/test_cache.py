@@ -93,6 +93,15 @@ def test_crop_takes_back_what_decode_appended(model):
     assert_close("logits", first, step(model, cache, torch.tensor([[7]])), 1e-6)
 
 
+def test_a_cache_that_has_seen_nothing(model, tmp_path):
+    """Nothing to reorder, and nothing to save."""
+    cache = asymkv.CompressedCache.for_model(asymkv.CompressionConfig("h2o", budget=64), model)
+    cache.reorder_cache(torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match="nothing has been put into this cache"):
+        cache.save(tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_crop_never_reaches_behind_a_compaction(model):
     cache = run(model)
     for i in range(10):  # the eighth compacts

@@ -133,3 +133,9 @@ def test_bad_arguments(chat):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}"
     with pytest.raises(ValueError, match="shows a message 2 times"):
         asymkv.compress(model, tokenizer, TEXT)
+
+
+@pytest.mark.parametrize("context", [prompt(20)[0], [[1, 2, 3]], {"input_ids": prompt(20)}, torch.rand(1, 20)])
+def test_what_are_no_token_ids_is_named(context):
+    with pytest.raises(ValueError, match=r"context is a text or token ids \[B, t\], an integer tensor; found"):
+        asymkv.compress(tiny_model(), tiny_tokenizer(), context, method="h2o", budget=64)

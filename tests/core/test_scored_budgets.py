@@ -155,3 +155,10 @@ def test_scores_survive_fork_and_disk(tmp_path):
         for each in (cache.fork(), loaded):
             model(prompt(30, seed=3), past_key_values=each)
             assert sum(int(each.num_rows(i).sum()) for i in range(2)) == 4 * 40
+
+
+@pytest.mark.parametrize(("heads", "sparsity"), [(10, 0.45), (90, 0.25), (90, 0.5), (8, 0.3), (7, 0.0), (7, 1.0)])
+def test_streaming_heads_are_those_below_duo_attentions_quantile(heads, sparsity):
+    scores = torch.rand(heads, generator=torch.Generator().manual_seed(heads)).double()
+    full = int((scores >= scores.quantile(sparsity)).sum()) if sparsity < 1 else 0
+    assert Retrieval(share=1 - sparsity).full_heads(scores[:, None]) == full

@@ -43,6 +43,7 @@ def presses(r: float) -> dict[str, tuple[dict, object]]:
         "adakv_expected_attention": ({}, kvpress.AdaKVPress(expected(r))),
         "chunkkv": ({}, kvpress.ChunkKVPress(snapkv(r))),
         "chunkkv short": ({"chunk_length": 10}, kvpress.ChunkKVPress(snapkv(r), chunk_length=10)),
+        "chunkkv alone": ({"chunk_length": 400}, kvpress.ChunkKVPress(snapkv(r), chunk_length=400)),
         "kvzip": ({}, kvpress.KVzipPress(r)),
     }
 

@@ -4,7 +4,16 @@ import json
 
 import pytest
 import torch
-from tiny_models import OPTIONS, assert_close, assert_same_rows, left_padded, prompt, tiny_model, tiny_tokenizer
+from tiny_models import (
+    HEAD_SCORES,
+    OPTIONS,
+    assert_close,
+    assert_same_rows,
+    left_padded,
+    prompt,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 import asymkv
 from asymkv.methods.kvzip import head_scores
@@ -115,7 +124,7 @@ def test_generated_rows_stay_and_a_later_turn_is_scored_by_itself(model):
             model(torch.tensor([[20 + i]]), past_key_values=cache)
         assert cache.num_rows(0).tolist() == [[57, 57]]
         model(prompt(40, seed=8), past_key_values=cache)
-    assert cache.num_rows(0).tolist() == [[70, 70]]
+    assert cache.num_rows(0).tolist() == [[77, 77]], "half of the prompts, and the answer on top"
     for i in range(2):
         for head, positions in enumerate(cache.positions(i)[0]):
             now = dict(zip(positions.tolist(), cache.layers[i].storage.rows(SCORE, head).tolist(), strict=True))
@@ -123,6 +132,49 @@ def test_generated_rows_stay_and_a_later_turn_is_scored_by_itself(model):
             assert all(now[p] == first[i, head][p] for p in now if p < 100)
             assert all((s == 0) == (100 <= p < 107) for p, s in now.items())
             assert any(p >= 107 for p in now)
+
+
+@pytest.mark.parametrize("method", ["kvzip", "echo"])
+def test_answers_do_not_push_the_context_out(model, method):
+    """A ratio is of the prompts; what is generated in a conversation comes on top of it."""
+    settings = {**KVZIP, "method": method, "ratio": 0.3, "sink_size": 4, "window_size": 0}
+    with asymkv.replace("llama", model=model, **settings), torch.no_grad():
+        cache = model(prompt(200)).past_key_values
+        for turn in range(3):
+            for i in range(64):
+                model(torch.tensor([[20 + i]]), past_key_values=cache)
+            model(prompt(10, seed=turn), past_key_values=cache)
+    rows = sum(int(cache.num_rows(layer).sum()) for layer in range(2))
+    assert rows == 4 * (int(0.3 * 230) + 3 * 64)
+    context = [sum(p < 200 for p in head.tolist()) for layer in range(2) for head in cache.positions(layer)[0]]
+    assert sum(context) > 0.75 * 4 * 60
+
+
+def test_pruning_leaves_answers_out_of_the_ratio_and_cropped_prompts_too(model):
+    def context(cache):
+        return sum(p < 100 for layer in range(2) for head in cache.positions(layer)[0] for p in head.tolist())
+
+    with asymkv.replace("llama", model=model, **KVZIP, ratio=0.5, retain=True), torch.no_grad():
+        cache = model(prompt(100)).past_key_values
+        once = cache.prune(ratio=0.5)
+        model(prompt(30, seed=3), past_key_values=cache)
+        cache.crop(-30)
+        assert cache.prompt_tokens == [100] and kept(cache.prune(ratio=0.5), 100).equal(kept(once, 100))
+        for i in range(40):
+            model(torch.tensor([[20 + i]]), past_key_values=cache)
+        assert context(cache.prune(ratio=0.5)) == 200
+        cache.crop(-40)
+        assert cache.prompt_tokens == [100] and cache.pending == [0]
+
+
+def test_pruning_by_head_scores_counts_no_token_that_is_not_there(model):
+    split = {"kind": "retrieval", "file": HEAD_SCORES}
+    cache = filled(model, 150, ratio=0.5, retain=True, layer_budgets="uniform", head_budgets=split)
+    whole, half = cache.prune(ratio=1.0), cache.prune(ratio=0.5)
+    direct = filled(model, 150, ratio=0.5, layer_budgets="uniform", head_budgets=split)
+    for layer in range(2):
+        assert whole.num_rows(layer).tolist() == [[150, 150]]
+        assert half.num_rows(layer).equal(direct.num_rows(layer))
 
 
 def test_head_scores_are_the_best_of_positions_and_samples(model):
