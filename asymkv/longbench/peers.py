@@ -39,8 +39,8 @@ PINS = (
     "termcolor==3.3.0",
 )  # fmt: skip
 PACKAGES = ("kvpress", "transformers", "tokenizers")
-# By whether the dtype has more than two bytes: between two versions of transformers, relative to a loss above 1. In half
-# precision two processors differ too, whose records one folder may hold: a needle's loss by up to 4 %.
+# By whether the dtype has more than two bytes: between two versions of transformers, relative to a loss above 1. In
+# half precision two processors differ too, whose records one folder may hold: a needle's loss by up to 4 %.
 FULL_TOLERANCE = {True: 1e-3, False: 0.06}
 
 logger = logging.getLogger(__name__)

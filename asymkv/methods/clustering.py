@@ -13,6 +13,8 @@ from asymkv.view import RowView, lowest
 
 # Column of every row: tokens folded into it (0 = an exact token), and their mean position.
 FOLDED = "folded"
+# Roundings that two distances may differ by and be one.
+ROUNDING = 32
 # Column of every row: importance folded into it.
 WORTH = "worth"
 
@@ -37,6 +39,9 @@ def farthest_seeds(keys: Tensor, rows: Tensor, bank: Tensor, count: Tensor) -> T
 def nearest(points: Tensor, centers: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     """Squared distance to, and index of, the nearest present centroid, in blocks of points.
 
+    Of centroids that are equally near but for rounding the first: repeated tokens have equal keys before RoPE in the
+    first layer, and what a row is batched with must not choose between them.
+
     Args:
         points: ``[B, H_kv, E, D]``.
         centers: ``[B, H_kv, J, D]``, ``present [B, H_kv, J]`` bool.
@@ -46,12 +51,18 @@ def nearest(points: Tensor, centers: Tensor, present: Tensor) -> tuple[Tensor, T
     """
     points, centers = wide(points), wide(centers)
     size = max(1, BLOCK_ELEMENTS // max(present.numel(), 1))
-    length = centers.square().sum(-1).masked_fill(~present, torch.inf)[:, :, None]
-    found = [torch.baddbmm(length.flatten(0, 1), block.flatten(0, 1), centers.flatten(0, 1).mT, alpha=-2).min(-1)
-             for block in points.split(size, dim=2)]  # fmt: skip
-    index = torch.cat([x.indices for x in found], dim=-1).view(points.shape[:3])
-    least = torch.cat([x.values for x in found], dim=-1).view(points.shape[:3])
-    return (least + points.square().sum(-1)).clamp(min=0), index
+    norm, own = centers.square().sum(-1), points.square().sum(-1)
+    length = norm.masked_fill(~present, torch.inf)[:, :, None]
+    largest = torch.where(present, norm, 0).amax(-1, keepdim=True)
+    near = ROUNDING * torch.finfo(own.dtype).eps * (own + largest)
+    number, found = torch.arange(centers.shape[2], device=centers.device), []
+    for block, slack in zip(points.split(size, dim=2), near.split(size, dim=2), strict=True):
+        far = torch.baddbmm(length.flatten(0, 1), block.flatten(0, 1), centers.flatten(0, 1).mT, alpha=-2)
+        least = far.amin(-1)
+        among = far <= (least + slack.flatten(0, 1))[..., None]
+        found.append((least, torch.where(among, number, centers.shape[2] - 1).amin(-1)))
+    least, index = (torch.cat(x, dim=-1).view(points.shape[:3]) for x in zip(*found, strict=True))
+    return (least + own).clamp(min=0), index
 
 
 @dataclass
