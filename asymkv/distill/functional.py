@@ -94,7 +94,8 @@ class DifferentiableLayer(CompressedLayer):
         at = self.columns["positions"]
         if query_positions is None:
             query_positions = torch.full((at.shape[0], 1), int(at.max()), device=at.device)
-        bias = row_bias(flat.float().log(), self._valid().flatten(0, 1), at, query_positions, self.kv_heads)
+        # Rounded from fp64, as the cache's: a processor's fp32 logarithms differ by where a number stands in a tensor.
+        bias = row_bias(flat.double().log().float(), self._valid().flatten(0, 1), at, query_positions, self.kv_heads)
         keys, values = self.columns["keys"], self.columns["values"]
         with torch.autocast(query.device.type, enabled=False):
             return differentiable_attention(backend)(query.to(keys.dtype), keys, values, bias, scale)

@@ -125,7 +125,7 @@ def ragged_append_(
         at = slice(int(start[h] + length[h]), int(start[h] + length[h]) + n)
         keys[at], values[at], position[at] = new_keys[h, :n], new_values[h, :n], new_position[h, :n]
         cardinality[at] = 1 if new_cardinality is None else new_cardinality[h, :n]
-        log_n[at] = cardinality[at].float().log()
+        log_n[at] = cardinality[at].double().log().float()
         length[h] += n
 
 
@@ -215,7 +215,7 @@ def compact_rows(
     pairs = [(values, out_values), (cardinality, out_cardinality), (position, out_position)]
     for source, out in [*pairs, *zip(statistics, out_statistics, strict=True)]:
         out[flat[alone]] = source[single]
-    out_log_n[flat[alone]] = cardinality[single].float().log()
+    out_log_n[flat[alone]] = cardinality[single].double().log().float()
     rows, member = flat[~alone].unique(return_inverse=True)
     n = cardinality[several].to(compute_dtype(keys))[:, None]
     sum_n = _total(n, member, rows)
