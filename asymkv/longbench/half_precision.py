@@ -1,7 +1,7 @@
 """Linear layers in bfloat16 or float16 on a processor without instructions for them.
 
-There torch multiplies such matrices about ten times slower than float32 ones. Both sum in float32 and round once, so
-widening the operands gives the same products, up to the order of the sum.
+There torch multiplies such matrices much slower than float32 ones. Both sum in float32 and round once, so widening the
+operands gives the same products, up to the order of the sum.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HALF = (torch.bfloat16, torch.float16)
-# From so many rows on, widening the weights costs less than it saves (AVX2, 576 x 1536).
+# Below so many rows, as in decode, widening all the weights costs more than it saves.
 MIN_ROWS = 4
 
 
