@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 # cardinality (int32), log n (fp32) and position (int32) of a row
 METADATA_BYTES = 12
 POSITION_BYTES = 8  # int64, of a remembered query
+# Of a head: start, length and capacity (int64), and what a method remembers of it from compaction to compaction.
+TABLE_BYTES = 3 * 8 + 4
 GENERATED, PROMPT = 1, 2  # what a column that may be cropped was; 0 = padding
 
 
@@ -41,7 +43,8 @@ def cache_shape(
     # Where layers may hold different numbers of rows, all of them could be in the widest.
     queries = config.options.query_window if config.options.needs & {"queries", "attention"} else 0
     ring = sum(queries * (heads * key * dtype.itemsize + POSITION_BYTES) for key, _ in widths) if heads else 0
-    return CacheShape(len(widths), kv_heads, max(rows) if uneven else -(-sum(rows) // len(rows)), uneven, ring)
+    fixed = ring + len(widths) * kv_heads * TABLE_BYTES
+    return CacheShape(len(widths), kv_heads, max(rows) if uneven else -(-sum(rows) // len(rows)), uneven, fixed)
 
 
 class BudgetLedger:
@@ -67,18 +70,25 @@ class BudgetLedger:
         """Whether layers wait for each other before they are compacted."""
         return self.config.layer_split.deferred
 
+    @property
+    def layers_share(self) -> bool:
+        """Whether the budget is of all layers together, and one of them may hold more than another."""
+        return self.head_split.spans_layers or type(self.config.layer_split) is not LayerBudgets
+
     def rows_that_share(self, layer: CompressedLayer, more_than: int) -> int:
         """Rows per KV head once a layer has taken some in, rounded up, of the row of the batch that has the most.
 
-        The mean is over the layer's heads; where layers share a budget and wait for each other, over all layers' heads,
-        once the last layer has taken its rows in. 0 where no head, and so no mean, holds more than ``more_than``.
+        The mean is over the layer's heads; where layers share a budget, over all layers' heads, and where they wait for
+        each other too, once the last layer has taken its rows in. 0 where no head, and so no mean, holds more than
+        ``more_than``.
         """
         shared = [layer]
-        if self.deferred:
-            shared = [each for each in self.layers if each.is_initialized] if layer is self.layers[-1] else []
+        if self.layers_share:
+            waits = self.deferred and layer is not self.layers[-1]
+            shared = [] if waits else [each for each in self.layers if each.is_initialized]
         if max((each.storage.width for each in shared), default=0) <= more_than:
             return 0
-        heads = len(self.layers if self.deferred else shared) * self.shape.kv_heads
+        heads = len(self.layers if self.layers_share else shared) * self.shape.kv_heads
         held = (sum(sum(each.heads_of(row)) for each in shared) for row in range(layer.batch))
         return max(-(-rows // heads) for rows in held)
 

@@ -23,7 +23,7 @@ class CacheShape:
     """What a byte budget needs to know of a model: layers, KV heads, and bytes per row with its metadata.
 
     ``uneven``: heads or layers may hold different numbers of rows. ``fixed_bytes``: of the whole cache of a sequence,
-    whatever its rows (decode queries that the next compaction judges by).
+    whatever its rows (index tables, decode queries that the next compaction judges by).
     """
 
     layers: int
@@ -97,7 +97,7 @@ def resolve_rows(
     if rows < minimum_rows:
         raise ValueError(
             f"budget={budget!r} is {rows} rows per KV head here ({shape.layers} layers x {shape.kv_heads} KV heads x "
-            f"{shape.row_bytes} bytes a row, {shape.fixed_bytes} bytes of queries); "
+            f"{shape.row_bytes} bytes a row, {shape.fixed_bytes} bytes of tables and queries); "
             f"needed: at least sink_size + window_size + 1 = {minimum_rows}"
         )
     return [rows] * len(prompt_tokens), [False] * len(prompt_tokens)

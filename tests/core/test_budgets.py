@@ -178,9 +178,7 @@ def test_total_rows_meet_the_budget_and_memory_is_freed(settings):
         if settings["method"] == "asymkv":
             assert all(int(n.sum()) == 400 for layer in range(3) for n in cache.cardinality(layer)[0])
         if cache.config.chunk:
-            chunk = cache.config.chunk
-            fullest = 64 if cache.deferred else max(rows.float().mean(1).ceil().max().item(), 64)
-            assert cache.peak_rows <= fullest + chunk
+            assert 64 < cache.peak_rows <= 64 + cache.config.chunk
         out = model.generate(prompt(30, seed=5), past_key_values=None, max_new_tokens=4, do_sample=False)
         assert out.shape[1] == 34
 
