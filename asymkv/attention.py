@@ -139,7 +139,7 @@ def observe(cache: CompressedCache, layer: CompressedLayer, step: Step, seen: Se
         return
     if needs & {"queries", "attention"}:
         assert seen.queries is not None and seen.positions is not None
-        layer.remember(seen.queries, seen.positions, cache.config.options.query_window)
+        layer.remember(seen.queries, seen.positions, step.counts, cache.config.options.query_window)
     if "attention" in needs and layer.ring is not None and (due or layer.ring.full):
         _flush(cache, layer, scale)
     if due:
@@ -181,7 +181,7 @@ def _make_room_everywhere(cache: CompressedCache, room: Step, scale: float) -> N
 def _can_judge(cache: CompressedCache, layer: CompressedLayer) -> bool:
     """Whether there is a decode query to judge by, where the method needs one; if not, the chunk's own will do."""
     needs = cache.config.options.needs & {"queries", "attention"}
-    return not needs or layer.ring is not None and bool(layer.ring.cursor)
+    return not needs or layer.ring is not None and not layer.ring.empty
 
 
 def _compact_by_remembered(cache: CompressedCache, layer: CompressedLayer, step: Step, scale: float) -> None:
@@ -301,7 +301,7 @@ def _concatenate(past: RowView, new: RowView) -> RowView:
 
 def _flush(cache: CompressedCache, layer: CompressedLayer, scale: float) -> None:
     """Adds the attention mass of remembered decode queries, then forgets those queries."""
-    if layer.ring is None or not layer.ring.cursor:
+    if layer.ring is None or layer.ring.empty:
         return
     layer.accumulate_mass(Seen.remembered(layer).on(layer.view(cache.rope, scale)))
     layer.ring.clear()

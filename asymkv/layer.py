@@ -241,11 +241,11 @@ class CompressedLayer(LayerBase):
         if self.ring is not None:
             self.ring.forget([self.heads_of(row) != held for row, held in enumerate(before)])
 
-    def remember(self, query: Tensor, positions: Tensor, window: int = QUERY_WINDOW) -> None:
-        """Keeps a decode query ``[B, H, 1, D]`` for the next compaction, the newest ``window`` at most."""
+    def remember(self, query: Tensor, positions: Tensor, counts: list[int], window: int = QUERY_WINDOW) -> None:
+        """Keeps ``counts[b]`` decode queries, one or none, of ``[B, H, 1, D]``, the newest ``window`` at most."""
         if self.ring is None:
             self.ring = QueryRing(query, window)
-        self.ring.push(query, positions)
+        self.ring.push(query, positions, counts)
 
     def accumulate_mass(self, view: RowView) -> None:
         """Adds the attention mass of the view's queries to the ``mass`` column (fp32)."""

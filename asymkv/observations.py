@@ -30,35 +30,50 @@ def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class QueryRing:
-    """The last ``size`` decode queries of a layer since its last compaction.
+    """The last ``size`` decode queries of each row of a layer since its last compaction.
 
-    ``queries [B, H, W, D]`` and ``positions [B, W]`` (-1 = empty slot).
+    ``queries [B, H, W, D]`` and ``positions [B, W]`` (-1 = empty slot); ``cursor [B]``: queries taken in so far.
     """
 
     def __init__(self, like: Tensor, size: int = QUERY_WINDOW) -> None:
         batch, heads, _, dim = like.shape
         self.queries = like.new_zeros(batch, heads, size, dim)
         self.positions = torch.full((batch, size), -1, dtype=torch.long, device=like.device)
-        self.cursor = 0
+        self.cursor = [0] * batch
 
     @property
     def nbytes(self) -> int:
         return self.queries.untyped_storage().nbytes() + self.positions.untyped_storage().nbytes()
 
     @property
-    def full(self) -> bool:
-        return self.cursor == self.positions.shape[1]
+    def empty(self) -> bool:
+        return not any(self.cursor)
 
-    def push(self, query: Tensor, positions: Tensor) -> None:
-        """Adds one query per row: ``[B, H, 1, D]`` at ``positions [B, 1]``; the oldest gives way."""
-        slot = self.cursor % self.positions.shape[1]
-        self.queries[:, :, slot] = query[:, :, 0]
-        self.positions[:, slot] = positions[:, 0]
-        self.cursor += 1
+    @property
+    def full(self) -> bool:
+        """Whether the next query of some row would be the first to push another one out."""
+        return max(self.cursor) == self.positions.shape[1]
+
+    def push(self, query: Tensor, positions: Tensor, counts: list[int]) -> None:
+        """Adds ``counts[b]`` queries, one or none, per row: ``[B, H, 1, D]`` at ``positions [B, 1]``.
+
+        A row's oldest gives way.
+        """
+        size = self.positions.shape[1]
+        slots = [n % size for n in self.cursor]
+        if len(set(slots)) == 1 and all(counts):
+            self.queries[:, :, slots[0]] = query[:, :, 0]
+            self.positions[:, slots[0]] = positions[:, 0]
+        else:
+            rows = [row for row, count in enumerate(counts) if count]
+            at = [slots[row] for row in rows]
+            self.queries[rows, :, at] = query[rows, :, 0]
+            self.positions[rows, at] = positions[rows, 0]
+        self.cursor = [n + c for n, c in zip(self.cursor, counts, strict=True)]
 
     def clear(self) -> None:
         self.positions.fill_(-1)
-        self.cursor = 0
+        self.cursor = [0] * len(self.cursor)
 
     def forget(self, rows: list[bool]) -> None:
         """Clears the given rows of the batch; the others' queries do not depend on their company."""
@@ -66,10 +81,12 @@ class QueryRing:
             self.clear()
         else:
             self.positions[torch.tensor(rows, device=self.positions.device)] = -1
+            self.cursor = [0 if gone else n for n, gone in zip(self.cursor, rows, strict=True)]
 
     def select(self, rows: Tensor) -> None:
         """Reorders the batch."""
         self.queries, self.positions = self.queries[rows], self.positions[rows]
+        self.cursor = [self.cursor[row] for row in rows.tolist()]
 
 
 class QueryBlocks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,21 @@ class Layout:
         token = torch.arange(begin, end, device=x.device) < torch.tensor(self.counts, device=x.device)[:, None]
         row, at = ((column >= 0) & token).nonzero(as_tuple=True)
         out[row, column[row, at]] = x[row, at]
+
+    def parts(self, prompt: list[bool]) -> list[tuple[Layout, list[bool]]]:
+        """The rows that bring prompt, then those that bring one generated token: they are judged by other queries.
+
+        Each part comes with the flags of its rows; one part where all rows bring the same.
+        """
+        kinds = {p for p, count in zip(prompt, self.counts, strict=True) if count}
+        if len(kinds) < 2:
+            return [(self, prompt)]
+        order = torch.arange(self.columns).expand(len(prompt), -1) if self.order is None else self.order
+        out = []
+        for kind in (True, False):
+            counts = [count if p == kind else 0 for p, count in zip(prompt, self.counts, strict=True)]
+            out.append((Layout(counts, self.columns, order, self.valid), [p and kind for p in prompt]))
+        return out
 
 
 @dataclass
@@ -178,19 +194,18 @@ def _decode_all(
     if "reconstruction" in cache.config.options.needs and any(cache.is_prompt(layout.counts)):
         ids = None if call.embedded else layout.take(call.inputs, 0, max(layout.counts))
         rebuild = Reconstruction.of(adapter, lm, cache, ids, layout.counts)
-    prompt = cache.start_call(layout.counts)
     device = call.inputs.device
     positions, tables = cache.next_positions(layout.counts, device, lm.dtype)
     hidden, states, compacted = None, None, False
-    for begin, end in _chunks(max(layout.counts), cache.config.chunk):
-        counts = [min(max(n - begin, 0), end - begin) for n in layout.counts]
+    for part, prompt, begin, end in _chunks(layout, cache.start_call(layout.counts), cache.config.chunk):
+        counts = [min(max(n - begin, 0), end - begin) for n in part.counts]
         cut = (tables[0][:, begin:end], tables[1][:, begin:end])
         step = make_step(cache, counts, positions[:, begin:end], cut, prompt)
         step.hold = rebuild is not None and step.prompt
         for branch in cache.branches:
             branch.step = make_step(branch, counts, positions[:, begin:end], cut, branch.start_call(counts))
             branch.step.hold = step.hold
-        out = _run_chunk(adapter, lm, cache, call, step, begin, end)
+        out = _run_chunk(adapter, lm, cache, dataclasses.replace(call, layout=part), step, begin, end)
         if rebuild is not None and step.prompt:
             rebuild.run([n if p else 0 for n, p in zip(counts, prompt, strict=True)], begin)
         settle_branches(cache)
@@ -201,9 +216,9 @@ def _decode_all(
         cache.compactions += step.compacted
         if hidden is None:
             hidden = out.last_hidden_state.new_zeros(len(counts), layout.columns - first, out[0].shape[-1])
-        layout.put(hidden, out.last_hidden_state, begin, first)
+        part.put(hidden, out.last_hidden_state, begin, first)
         if call.extra.get("output_hidden_states"):
-            states = _collect_states(states, out.hidden_states, layout, begin)
+            states = _collect_states(states, out.hidden_states, part, begin)
     for branch in cache.branches:
         branch.end_call(layout.valid, branch.compactions > 0)
     cache.end_call(layout.valid, compacted)
@@ -240,10 +255,13 @@ def decode(
     )
 
 
-def _chunks(total: int, size: int | None) -> Iterator[tuple[int, int]]:
-    size = size or max(total, 1)
-    for begin in range(0, total, size):
-        yield begin, min(begin + size, total)
+def _chunks(layout: Layout, prompt: list[bool], size: int | None) -> Iterator[tuple[Layout, list[bool], int, int]]:
+    """Parts of a forward, which of their rows bring prompt, and the own tokens from where to where."""
+    for part, flags in layout.parts(prompt):
+        total = max(part.counts)
+        step = size or max(total, 1)
+        for begin in range(0, total, step):
+            yield part, flags, begin, min(begin + step, total)
 
 
 def _collect_states(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from asymkv.cache import CompressedCache
     from asymkv.layer import CompressedLayer
 
-FORMAT = "asymkv-cache-3"
+FORMAT = "asymkv-cache-4"
 MANIFEST = "cache.json"
 _STATE = ("prompt_tokens", "expected_prompt", "prompt_until", "pending", "compactions", "peak_rows", "peak_nbytes",
           "dialogue")  # fmt: skip
@@ -146,7 +146,7 @@ def _pack(layer: CompressedLayer, tensors: dict[str, Tensor]) -> dict[str, Any]:
     for name in storage.columns:
         tensors[prefix + name] = torch.cat([storage.rows(name, h) for h in range(storage.heads)]).contiguous()
     ring = layer.ring
-    if ring is not None and ring.cursor:
+    if ring is not None and not ring.empty:
         tensors[prefix + "ring.queries"] = ring.queries.contiguous()
         tensors[prefix + "ring.positions"] = ring.positions.contiguous()
     tensors.update({f"{prefix}memory.{name}": x.contiguous() for name, x in layer.memory.items()})
@@ -157,7 +157,7 @@ def _pack(layer: CompressedLayer, tensors: dict[str, Tensor]) -> dict[str, Any]:
         "merged": storage.merged,
         "tokens": layer.tokens,
         "columns_seen": layer.columns_seen,
-        "ring_cursor": 0 if ring is None else ring.cursor,
+        "ring_cursor": [] if ring is None else ring.cursor,
     }
 
 
@@ -182,4 +182,4 @@ def _unpack(layer: CompressedLayer, saved: dict[str, Any], tensors: dict[str, Te
         layer.ring = QueryRing(ring["queries"], ring["queries"].shape[2])
         layer.ring.queries.copy_(ring["queries"])
         layer.ring.positions.copy_(ring["positions"])
-        layer.ring.cursor = saved["ring_cursor"]
+        layer.ring.cursor = list(saved["ring_cursor"])
