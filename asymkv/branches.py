@@ -27,14 +27,15 @@ def prefill_key(config: CompressionConfig) -> str | None:
     """What settings must agree in to share one prefill; None: these share it with none.
 
     Prompts are read in one piece and attended to before anything is lost, so method, budget and its splits are free.
-    Replays (KVzip) are shared by settings of the same method and options.
+    Replays (KVzip) are shared by settings of the same method that score rows by the same options.
     """
     needs = config.options.needs
     if config.chunk is not None or needs & _ALONE:
         return None
     shared: list[Any] = [config.positions, config.backend, config.dimensions]
     if "reconstruction" in needs:
-        shared += [config.method, config.sink_size, config.options.to_dict()]
+        own = {k: v for k, v in config.options.to_dict().items() if k not in config.options.after_scoring}
+        shared += [config.method, config.sink_size, own]
     return json.dumps(shared, sort_keys=True, default=str)
 
 
@@ -82,8 +83,8 @@ def check_shared(configs: Sequence[CompressionConfig]) -> None:
                              "(any method with chunk_size='prompt')")  # fmt: skip
         if key != keys[0]:
             raise ValueError(f"{config.describe()} and {configs[0].describe()} cannot share a prefill: positions, "
-                             "backend and dimensions must be equal, and for KVzip all of the method's options; found "
-                             f"{key} and {keys[0]}")  # fmt: skip
+                             "backend and dimensions must be equal, and for KVzip all options that rows are scored "
+                             f"by; found {key} and {keys[0]}")  # fmt: skip
 
 
 def settle_branches(cache: CompressedCache) -> None:

@@ -39,6 +39,7 @@ class Method:
         compresses: False for the full cache.
         splits_budget: whether budgets may differ between heads and layers: what to lose is chosen by :meth:`judge`.
         keeps_generated: whether generated rows are never judged and always stay, on top of a ratio of the prompt.
+        after_scoring: parameters that say what to do with stored scores, and nothing of how rows are scored.
     """
 
     title: ClassVar[str] = ""
@@ -47,6 +48,7 @@ class Method:
     compresses: ClassVar[bool] = True
     splits_budget: ClassVar[bool] = True
     keeps_generated: ClassVar[bool] = False
+    after_scoring: ClassVar[frozenset[str]] = frozenset()
 
     # Set from the configuration when it is validated: rows that are never touched.
     sink_size: int = dataclasses.field(default=0, init=False, repr=False)

@@ -98,6 +98,9 @@ class Echo(KVzip):
             raise ValueError("plus=True is a form of KVzip's score; it needs over='range', found over='stored'")
         if self.level == "head" and self.action != "drop":
             raise ValueError(f"level='head' drops rows; action must be 'drop', found {self.action!r}")
+        if self.gate_share and (self.currency, self.action) != ("attention", "drop"):
+            raise ValueError("gate_share: a gate knows KVzip's score, by which rows are dropped by attention; found "
+                             f"currency={self.currency!r}, action={self.action!r}")
         self._check_merges(config)
 
     def _check_merges(self, config: CompressionConfig) -> None:

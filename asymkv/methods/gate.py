@@ -36,9 +36,7 @@ class GateMethod(Method):
     file: str | None = None
 
     def __post_init__(self) -> None:
-        if self.file is not None and not isinstance(self.file, (str, Path)):
-            raise ValueError(f"file must be the path of a gate or None; found {self.file!r}")
-        object.__setattr__(self, "file", None if self.file is None else str(self.file))
+        object.__setattr__(self, "file", gate_path("file", self.file))
 
     def defaults(self) -> dict[str, Any]:
         """One threshold for the whole cache; every head keeps a small share of the even budget."""
@@ -61,12 +59,29 @@ class GateMethod(Method):
         Raises:
             ValueError: for a gate that is missing, damaged or of another model.
         """
-        gate = resolve(self.file, model)
-        for layer in layers:
-            layer.learned = gate.layer(layer.index)
+        give_gate(self.file, model, layers)
 
     def score(self, view: RowView) -> Tensor:
         """Logarithm of the highest probability that a query is expected to give the row, ``[B, H_kv, T]``."""
-        x = features(view.unrotate(view.keys), view.values)
-        view.learned.update({name: each.to(x) for name, each in view.learned.items()})  # moved and widened once
-        return log_score(view.learned, x)
+        return gate_scores(view)
+
+
+def gate_path(name: str, path: str | Path | None) -> str | None:
+    """The option ``name``, a gate's file or folder, as text; ValueError for what is no path."""
+    if path is not None and not isinstance(path, (str, Path)):
+        raise ValueError(f"{name} must be the path of a gate or None; found {path!r}")
+    return None if path is None else str(path)
+
+
+def give_gate(file: str | None, model: PreTrainedModel, layers: Sequence[CompressedLayer]) -> None:
+    """Gives every layer its networks; ValueError for a gate that is missing, damaged or of another model."""
+    gate = resolve(file, model)
+    for layer in layers:
+        layer.learned = gate.layer(layer.index)
+
+
+def gate_scores(view: RowView) -> Tensor:
+    """What the view's gate thinks of each row, ``[B, H_kv, T]``: the expected logarithm of KVzip's score."""
+    x = features(view.unrotate(view.keys), view.values)
+    view.learned.update({name: each.to(x) for name, each in view.learned.items()})  # moved and widened once
+    return log_score(view.learned, x)

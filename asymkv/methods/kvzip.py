@@ -11,16 +11,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from asymkv.chat import chat_text, encode, load_tokenizer
-from asymkv.checks import PromptRefusedError
+from asymkv.checks import PromptRefusedError, check_number
 from asymkv.methods.base import Method
+from asymkv.methods.gate import gate_path, gate_scores, give_gate
 from asymkv.plan import CompactionPlan
 from asymkv.reconstruction import Wording
-from asymkv.replay_scores import SCORE, RangeMaximum, Scorer
+from asymkv.replay_scores import FAINTEST, SCORE, RangeMaximum, Scorer
 from asymkv.view import RowView
 
 if TYPE_CHECKING:
     from asymkv.cache import CompressedCache
     from asymkv.config import CompressionConfig
+    from asymkv.layer import CompressedLayer
 
 LEVELS = ("pair", "pair_uniform", "layer", "head")
 TEMPLATE = "template"
@@ -57,11 +59,16 @@ class KVzip(Method):
         repeat_ids: the request as token ids, instead of words; no tokenizer is needed then.
         continue_ids: the request to go on from the tokens that follow; None = ``repeat_ids``.
         suffix_ids: what ends the request and opens the answer.
+        gate_share: how much a trained gate (``gate``) says in a row's score, from 0 (nothing) to 1 (all): the weight of
+            its logarithm in a mean with the replay's. What a replay finds is the highest of many probabilities, a
+            noisy number; the gate knows its expectation.
+        gate_file: the gate, as ``file`` of method ``gate``.
     """
 
     title: ClassVar[str] = "KVzip, arXiv 2505.23416"
     chunk_size: ClassVar[int | None] = None
     keeps_generated: ClassVar[bool] = True
+    after_scoring: ClassVar[frozenset[str]] = frozenset({"level", "gate_share", "gate_file"})
 
     level: str = "pair"
     replay_chunk: int = 2000
@@ -74,8 +81,12 @@ class KVzip(Method):
     repeat_ids: Sequence[int] | None = None
     continue_ids: Sequence[int] | None = None
     suffix_ids: Sequence[int] | None = None
+    gate_share: float = 0.0
+    gate_file: str | None = None
 
     def __post_init__(self) -> None:
+        check_number("gate_share", self.gate_share, 0, 1)
+        object.__setattr__(self, "gate_file", gate_path("gate_file", self.gate_file))
         for name in ("repeat_ids", "continue_ids", "suffix_ids"):
             ids = getattr(self, name)
             if ids is not None:
@@ -114,6 +125,11 @@ class KVzip(Method):
             raise ValueError(f"replay_chunk must be an integer >= 1; found {self.replay_chunk!r}")
         if self.prefix not in (None, TEMPLATE) and not _is_count(self.prefix, 0):
             raise ValueError(f"prefix must be a number of tokens, 'template' or None; found {self.prefix!r}")
+        if self.gate_share and config.dimensions is not None:
+            raise ValueError("gate_share: a gate reads keys and values as the model makes them; dimensions must be "
+                             f"None, found {config.dimensions!r}")
+        if self.gate_file is not None and not self.gate_share:
+            raise ValueError(f"gate_file={self.gate_file!r} says nothing with gate_share=0")
         if self.repeat_ids is None and (self.continue_ids is not None or self.suffix_ids is not None):
             raise ValueError("continue_ids and suffix_ids go with repeat_ids, which is None")
         self._check_level(config)
@@ -146,6 +162,15 @@ class KVzip(Method):
                              f"{config.head_budgets!r}")
         if self.level == "layer" and joint:
             raise ValueError(f"level='layer' splits within layers; layer_budgets must not be {config.layer_budgets!r}")
+
+    def prepare_layers(self, model: PreTrainedModel, layers: Sequence[CompressedLayer]) -> None:
+        """Finds the model's gate, if it has a say.
+
+        Raises:
+            ValueError: for a gate that is missing, damaged or of another model.
+        """
+        if self.gate_share:
+            give_gate(self.gate_file, model, layers)
 
     def row_bytes(self, head_dim: int, dtype: torch.dtype, config: CompressionConfig) -> int:
         """The score."""
@@ -182,6 +207,9 @@ class KVzip(Method):
         """The stored scores; rows that were never judged (prefix, generated tokens) cannot be given up."""
         score = view.statistics[SCORE]
         free = ~view.protected(self.sink_size, self.window_size) & (score > 0)
+        if self.gate_share:
+            both = score.clamp(min=FAINTEST).log().lerp(gate_scores(view).to(score), self.gate_share)
+            score = both.exp().clamp(min=FAINTEST)
         if self.level == "head":
             view.evidence["judged"] = free
             score = torch.where(free, score, 0).amax(-1, keepdim=True).expand_as(score)
