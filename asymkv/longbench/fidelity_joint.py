@@ -19,12 +19,13 @@ def write_joint_report(out: str | Path, folders: Mapping[str, RecordFolder], exp
         folders: by model's name.
         experiment: gives the order of the arms.
     """
-    out, summary, parts = Path(out), [], []
+    out, summary, parts, runs = Path(out), [], [], []
     for model, folder in folders.items():
         results = fidelity_report.Results(folder.read(), experiment)
         summary += _named(model, fidelity_report.summarise(results))
+        runs += folder.runs()
         parts += [f"## Conditions: {model}", fidelity_report.conditions_text(folder.runs())]
-    tables = [f"# Fidelity: {experiment.name}", fidelity_report.definitions(summary)]
+    tables = [f"# Fidelity: {experiment.name}", fidelity_report.definitions(summary, runs)]
     if any(row["rows"] for row in summary):
         tables += ["## Context retention", fidelity_report.main_table(summary)]
         tables += ["## Retention by task", fidelity_report.task_table(summary)]

@@ -31,6 +31,9 @@ included) over the full cache's on the same row, the median over rows."""
 IN_VIEW = """\
 An arm that hides rows without removing them is charged for all that it stores; the share in view is what attention
 still sees of the tokens' rows."""
+ASKED_BEFORE = """\
+In protocol prompt the first token of an answer comes from the prefill, which methods that judge the whole prompt at
+once run on the full cache: where the gold answer is one token, their R is 1 whatever they keep."""
 
 
 class Results:
@@ -342,15 +345,17 @@ def conditions_text(runs: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def definitions(summary: Sequence[Record]) -> str:
+def definitions(summary: Sequence[Record], runs: Sequence[Record]) -> str:
     """What the columns mean."""
-    return DEFINITIONS + ("\n" + IN_VIEW if any(row.get("hides_rows") for row in summary) else "")
+    hides = any(row.get("hides_rows") for row in summary)
+    asked = any(run["settings"].get("protocol") == "prompt" for run in runs)
+    return "\n".join([DEFINITIONS, *[IN_VIEW] * hides, *[ASKED_BEFORE] * asked])
 
 
 def markdown(results: Results, runs: Sequence[Record]) -> str:
     """The whole report."""
     summary, differences = summarise(results), paired(results)
-    parts = [f"# Fidelity: {results.experiment.name}", conditions_text(runs), definitions(summary)]
+    parts = [f"# Fidelity: {results.experiment.name}", conditions_text(runs), definitions(summary, runs)]
     if any(row["rows"] for row in summary):
         parts += ["## Context retention", main_table(summary), "## Retention by task", task_table(summary)]
     if any(row["rows"] and not row["complete"] for row in summary):

@@ -323,7 +323,10 @@ def test_rows_out_of_view_have_a_column_where_there_are_any(folder):
     assert "| rows per head | share in view |" in table
     assert "| merge | 0.5 | 0.750 [0.750, 0.750] | 2 | 0.00 | 55.0 % | 100.0 | 25.0 % |" in table
     assert "| 50.0 % | 50.0 | 50.0 % |" in table
-    assert "what attention" in fidelity_report.definitions(summary)
+    assert "what attention" in fidelity_report.definitions(summary, [])
+    for protocol in ("prompt", "context"):
+        text = fidelity_report.definitions(summary, [{"settings": {"protocol": protocol}}])
+        assert ("first token of an answer comes from the prefill" in text) == (protocol == "prompt")
 
 
 def test_figure_is_drawn_where_there_is_something_to_draw(folder, tmp_path):
