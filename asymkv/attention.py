@@ -160,8 +160,11 @@ def _make_room(cache: CompressedCache, layer: CompressedLayer, step: Step, scale
     if not step.store or not layer.is_initialized or step.hold and cache.config.chunk is None:
         return
     room = dataclasses.replace(step, compacted=False, hold=False)
+    judged = _judged_rows(cache, layer)
+    room.limits = [[n if j else None for n, j in zip(each, judged, strict=True)] for each in step.limits]
+    room.requests = [r if j else None for r, j in zip(step.requests, judged, strict=True)]
     if not cache.deferred:
-        if is_due(cache, layer, room) and _can_judge(cache, layer):
+        if is_due(cache, layer, room):
             _compact_by_remembered(cache, layer, room, scale)
     elif layer.index == 0 and cache.config.chunk is not None:
         _make_room_everywhere(cache, room, scale)
@@ -172,16 +175,20 @@ def _make_room_everywhere(cache: CompressedCache, room: Step, scale: float) -> N
     """The same for layers that wait for each other: all of them, before the first one stores the chunk."""
     nothing = [0] * len(room.counts)
     room.due, room.limits = cache.exceeding(room.requests, nothing), cache.limits(room.requests, nothing)
-    if any(room.due) and all(_can_judge(cache, layer) for layer in cache.layers):
+    if any(room.due):
         for layer in cache.layers:
             _compact_by_remembered(cache, layer, room, scale)
         settle(cache, room)
 
 
-def _can_judge(cache: CompressedCache, layer: CompressedLayer) -> bool:
-    """Whether there is a decode query to judge by, where the method needs one; if not, the chunk's own will do."""
-    needs = cache.config.options.needs & {"queries", "attention"}
-    return not needs or layer.ring is not None and not layer.ring.empty
+def _judged_rows(cache: CompressedCache, layer: CompressedLayer) -> list[bool]:
+    """Rows of the batch that can be judged before the chunk is read; for the others the chunk's own queries will do.
+
+    What has been counted of attention is enough; a method that looks at queries needs one since the last compaction.
+    """
+    if "queries" not in cache.config.options.needs:
+        return [True] * layer.batch
+    return [False] * layer.batch if layer.ring is None else [count > 0 for count in layer.ring.cursor]
 
 
 def _compact_by_remembered(cache: CompressedCache, layer: CompressedLayer, step: Step, scale: float) -> None:
@@ -202,7 +209,8 @@ def compact_due(cache: CompressedCache, layer: CompressedLayer, step: Step, seen
             cost, free = method.judge(layer.with_budget(view, step.limits[layer.index]))
         layer.judgement = Judgement(cost, free, view.evidence, scale)
         return
-    layer.compact(method, view, step.limits[layer.index], cache.head_split)
+    with torch.autocast(view.keys.device.type, enabled=False):
+        layer.compact(method, view, step.limits[layer.index], cache.head_split)
     cache.measure(layer)
     step.compacted = True
 

@@ -318,7 +318,7 @@ class CompressedCache(BudgetLedger, Cache):
         for layer in self.layers:
             layer.truncate(count, removed)
             if layer.ring is not None:
-                layer.ring.clear()
+                layer.ring.forget([n > 0 for n in removed])
         self.uncount(removed, (cut == PROMPT).sum(1).tolist())
         self.tail = self.tail[:, :-count]
 

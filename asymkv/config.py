@@ -38,7 +38,8 @@ class CompressionConfig:
 
     Args:
         method: a name in ``asymkv.methods.METHODS``.
-        budget: rows per KV head (int), or the bytes of the whole cache of one sequence as a string (``"512MiB"``).
+        budget: rows per KV head (int), or the bytes of the whole cache of one sequence as a string (``"512MiB"``); what
+            backend "flash" builds over merged rows, 24 bytes for each cardinality of a head, comes on top of those.
         ratio: share of rows **kept**, in (0, 1]: ``floor(ratio * prompt tokens)`` of each row of the batch, raised to
             ``sink_size + window_size + 1`` where smaller. Without budget and ratio: budget 2048.
         sink_size: first tokens of a row, kept exact.

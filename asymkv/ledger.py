@@ -78,14 +78,14 @@ class BudgetLedger:
     def rows_that_share(self, layer: CompressedLayer, more_than: int) -> int:
         """Rows per KV head once a layer has taken some in, rounded up, of the row of the batch that has the most.
 
-        The mean is over the layer's heads; where layers share a budget, over all layers' heads, and where they wait for
-        each other too, once the last layer has taken its rows in. 0 where no head, and so no mean, holds more than
-        ``more_than``.
+        The mean is over the layer's heads; where layers share a budget, over all layers' heads, once the first layer or
+        the last one has taken its rows in: no layer between them holds the most of a forward. 0 where no head, and so
+        no mean, holds more than ``more_than``.
         """
         shared = [layer]
         if self.layers_share:
-            waits = self.deferred and layer is not self.layers[-1]
-            shared = [] if waits else [each for each in self.layers if each.is_initialized]
+            asked = (self.layers[-1],) if self.deferred else (self.layers[0], self.layers[-1])
+            shared = [each for each in self.layers if each.is_initialized] if layer in asked else []
         if max((each.storage.width for each in shared), default=0) <= more_than:
             return 0
         heads = len(self.layers if self.layers_share else shared) * self.shape.kv_heads

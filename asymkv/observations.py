@@ -37,8 +37,10 @@ class QueryRing:
 
     def __init__(self, like: Tensor, size: int = QUERY_WINDOW) -> None:
         batch, heads, _, dim = like.shape
-        self.queries = like.new_zeros(batch, heads, size, dim)
-        self.positions = torch.full((batch, size), -1, dtype=torch.long, device=like.device)
+        # Normal tensors even under inference_mode, so that a later step outside it may write to them.
+        with torch.inference_mode(False):
+            self.queries = torch.zeros(batch, heads, size, dim, dtype=like.dtype, device=like.device)
+            self.positions = torch.full((batch, size), -1, dtype=torch.long, device=like.device)
         self.cursor = [0] * batch
 
     @property
@@ -67,7 +69,7 @@ class QueryRing:
         else:
             rows = [row for row, count in enumerate(counts) if count]
             at = [slots[row] for row in rows]
-            self.queries[rows, :, at] = query[rows, :, 0]
+            self.queries[rows, :, at] = query[rows, :, 0].to(self.queries.dtype)
             self.positions[rows, at] = positions[rows, 0]
         self.cursor = [n + c for n, c in zip(self.cursor, counts, strict=True)]
 
@@ -85,8 +87,10 @@ class QueryRing:
 
     def select(self, rows: Tensor) -> None:
         """Reorders the batch."""
-        self.queries, self.positions = self.queries[rows], self.positions[rows]
-        self.cursor = [self.cursor[row] for row in rows.tolist()]
+        index = rows.tolist()
+        with torch.inference_mode(False):
+            self.queries, self.positions = self.queries[index], self.positions[index]
+        self.cursor = [self.cursor[row] for row in index]
 
 
 class QueryBlocks:

@@ -76,7 +76,7 @@ class Layout:
         """
         kinds = {p for p, count in zip(prompt, self.counts, strict=True) if count}
         if len(kinds) < 2:
-            return [(self, prompt)]
+            return [(self, [p and count > 0 for p, count in zip(prompt, self.counts, strict=True)])]
         order = torch.arange(self.columns).expand(len(prompt), -1) if self.order is None else self.order
         out = []
         for kind in (True, False):
@@ -194,10 +194,11 @@ def _decode_all(
     if "reconstruction" in cache.config.options.needs and any(cache.is_prompt(layout.counts)):
         ids = None if call.embedded else layout.take(call.inputs, 0, max(layout.counts))
         rebuild = Reconstruction.of(adapter, lm, cache, ids, layout.counts)
+    prompted = cache.start_call(layout.counts)
     device = call.inputs.device
     positions, tables = cache.next_positions(layout.counts, device, lm.dtype)
     hidden, states, compacted = None, None, False
-    for part, prompt, begin, end in _chunks(layout, cache.start_call(layout.counts), cache.config.chunk):
+    for part, prompt, begin, end in _chunks(layout, prompted, cache.config.chunk):
         counts = [min(max(n - begin, 0), end - begin) for n in part.counts]
         cut = (tables[0][:, begin:end], tables[1][:, begin:end])
         step = make_step(cache, counts, positions[:, begin:end], cut, prompt)

@@ -138,7 +138,8 @@ def find(model: PreTrainedModel) -> Path:
             return path
     name = model.config._name_or_path or "MODEL"
     raise ValueError(f"no gate of {name!r}, neither shipped nor at {own}; python scripts/train_gate.py --model {name} "
-                     "--data-dir DIR --texts FILE --work FOLDER trains one, or give its file as option 'file'")
+                     "--data-dir DIR --texts FILE --work FOLDER trains one, or give its file as option 'file' of gate, "
+                     "'gate_file' of kvzip and echo")
 
 
 def resolve(source: str | None, model: PreTrainedModel) -> Gate:
@@ -174,7 +175,8 @@ def load(path: str | Path, model: PreTrainedModel | None = None) -> Gate:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; the option 'file' takes a gate that scripts/train_gate.py wrote")
+        raise ValueError(f"{path} does not exist; the option 'file' ('gate_file' of kvzip and echo) takes a gate that "
+                         "scripts/train_gate.py wrote")
     gate = _read(path, path.stat().st_mtime_ns)
     differing = {} if model is None else check_model(gate.model, model_of(model))
     if differing:

@@ -32,8 +32,8 @@ IN_VIEW = """\
 An arm that hides rows without removing them is charged for all that it stores; the share in view is what attention
 still sees of the tokens' rows."""
 ASKED_BEFORE = """\
-In protocol prompt the first token of an answer comes from the prefill, which methods that judge the whole prompt at
-once run on the full cache: where the gold answer is one token, their R is 1 whatever they keep."""
+In protocol prompt the first token of an answer comes from the prefill, which methods that lose nothing before the whole
+prompt is read run on the full cache: where the gold answer is one token, their R is 1 whatever they keep."""
 
 
 class Results:

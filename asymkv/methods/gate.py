@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -82,6 +83,7 @@ def give_gate(file: str | None, model: PreTrainedModel, layers: Sequence[Compres
 
 def gate_scores(view: RowView) -> Tensor:
     """What the view's gate thinks of each row, ``[B, H_kv, T]``: the expected logarithm of KVzip's score."""
-    x = features(view.unrotate(view.keys), view.values)
-    view.learned.update({name: each.to(x) for name, each in view.learned.items()})  # moved and widened once
-    return log_score(view.learned, x)
+    with torch.autocast(view.keys.device.type, enabled=False):
+        x = features(view.unrotate(view.keys), view.values)
+        view.learned.update({name: each.to(x) for name, each in view.learned.items()})  # moved and widened once
+        return log_score(view.learned, x)

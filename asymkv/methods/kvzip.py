@@ -209,7 +209,8 @@ class KVzip(Method):
         free = ~view.protected(self.sink_size, self.window_size) & (score > 0)
         if self.gate_share:
             both = score.clamp(min=FAINTEST).log().lerp(gate_scores(view).to(score), self.gate_share)
-            score = both.exp().clamp(min=FAINTEST)
+            # What goes first whatever it is worth (a prefix that is not kept) still does.
+            score = torch.where(score > FAINTEST, both.exp().clamp(min=FAINTEST), score)
         if self.level == "head":
             view.evidence["judged"] = free
             score = torch.where(free, score, 0).amax(-1, keepdim=True).expand_as(score)

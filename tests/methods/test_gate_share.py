@@ -78,6 +78,16 @@ def test_echo_ranks_chunk_by_chunk(model):
         assert_same_rows(read(model, own, **settings, **SHARED), cache, row_b=row)
 
 
+@pytest.mark.parametrize("method", ["kvzip", "echo"])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_prefix_that_is_not_kept_goes_first_whatever_the_gate_says(model, method, share):
+    ids, settings = prompt(LENGTH), {"prefix": 30, "keep_prefix": False, "ratio": 0.6, "sink_size": 2}
+    cache = read(model, ids, method=method, window_size=0, layer_budgets="global", **settings,
+                 **{**SHARED, "gate_share": share})  # fmt: skip
+    kept = [p.tolist() for layer in range(2) for p in cache.positions(layer)[0]]
+    assert not [p for rows in kept for p in rows if 2 <= p < 30]
+
+
 @pytest.mark.parametrize(("settings", "message"), [
     ({"gate_share": 1.5}, "gate_share must be a number from 0 to 1; found 1.5"),
     ({"gate_share": True}, "gate_share must be a number from 0 to 1; found True"),
