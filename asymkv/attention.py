@@ -160,7 +160,8 @@ def _make_room(cache: CompressedCache, layer: CompressedLayer, step: Step, scale
     if not step.store or not layer.is_initialized or step.hold and cache.config.chunk is None:
         return
     room = dataclasses.replace(step, compacted=False, hold=False)
-    judged = _judged_rows(cache, layer)
+    waiting = cache.layers if cache.deferred else [layer]
+    judged = [all(known) for known in zip(*(_judged_rows(cache, each) for each in waiting), strict=True)]
     room.limits = [[n if j else None for n, j in zip(each, judged, strict=True)] for each in step.limits]
     room.requests = [r if j else None for r, j in zip(step.requests, judged, strict=True)]
     if not cache.deferred:

@@ -57,3 +57,5 @@ def test_rows_never_exceed_budget_and_chunk(name, most):
     assert cache.peak_rows <= BUDGET + config.chunk + spared
     if cache.layers_share:
         assert cache.peak_rows == -(-max(most) // CELLS)
+    if cache.deferred:
+        assert cache.peak_rows == max(most) / CELLS
