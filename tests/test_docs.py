@@ -13,7 +13,8 @@ from asymkv.methods import METHODS
 from asymkv.methods.scored import HeadScored
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+README = PAGES[ROOT / "README.md"]
 
 
 def tiny_checkpoint(folder: Path) -> Path:
@@ -33,20 +34,23 @@ def test_quick_start_runs(tmp_path, capsys):
     assert stats["max_rows"] == 512 + 63 and "'kept_ratio'" in capsys.readouterr().out
 
 
-def test_method_table_is_up_to_date():
+def test_generated_parts_are_up_to_date():
     done = subprocess.run([sys.executable, "scripts/make_readme.py", "--check"], cwd=ROOT, capture_output=True)
     assert done.returncode == 0, done.stdout.decode()
 
 
-def test_every_script_and_shipped_file_that_the_readme_names_exists():
-    for name in re.findall(r"(?:scripts|configs)/[\w/.]+\w", README):
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_everything_that_a_page_names_exists(page):
+    names = re.findall(r"(?:scripts|configs|benchmarks/results|notebooks)/[\w/.]+\w", PAGES[page])
+    for name in names:
         assert list(ROOT.glob(name + "*")) or (ROOT / name).is_dir(), name
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", PAGES[page]):
+        assert (page.parent / link).exists(), link
 
 
 def test_every_reproduce_target_that_is_named_runs_a_script_that_is_there():
     """And measures head scores first, where an arm needs them."""
-    named = README + "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))
-    for name in sorted(set(re.findall(r"make (reproduce-\w+)", named))):
+    for name in sorted(set(re.findall(r"make (reproduce-\w+)", "".join(PAGES.values())))):
         steps = subprocess.run(["make", "-n", name, "VENV=/v", "MODEL=none"], cwd=ROOT, capture_output=True, text=True)
         assert steps.returncode == 0, steps.stderr
         command = re.findall(r"/v/bin/python (scripts/\w+\.py)(?: --experiment (.*?) --model)?", steps.stdout)[-1]
