@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -46,6 +47,17 @@ class OptionalBuild(build_ext):
         except (Exception, SystemExit) as error:
             give_up(f"{type(error).__name__}: {error}")
             self.extensions = self.distribution.ext_modules = []
+
+
+class Wheel(bdist_wheel):
+    """A wheel whose tag says what is in it, also where the extension's build was given up."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Of a pure Python wheel, unless the extension was built."""
+        if self.distribution.ext_modules:
+            return super().get_tag()
+        self.root_is_pure = True
+        return "py3", "none", "any"
 
 
 def extension() -> tuple[list, type]:
@@ -83,6 +95,6 @@ setup(
     package_dir=CONFIG_PACKAGES,
     package_data={name: ["*.yaml", "*.json", "*.safetensors"] for name in CONFIG_PACKAGES} | {"asymkv": ["py.typed"]},
     ext_modules=EXTENSIONS,
-    cmdclass={"build_ext": COMMAND},
+    cmdclass={"build_ext": COMMAND, "bdist_wheel": Wheel},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS else {},
 )

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from asymkv.budgets.heads import Judged
-from asymkv.cache import CompressedCache, Step
+from asymkv.cache import CompressedCache
 from asymkv.dimensions import Projection
 from asymkv.layer import CompressedLayer, Judgement
 from asymkv.models.adapter import FamilyAdapter
 from asymkv.ops import differentiable_attention, row_bias
 from asymkv.rope import apply_rope
+from asymkv.step import Step
 from asymkv.view import RowView
 
 PLAIN = Projection()  # every dimension, as the model has it
@@ -135,11 +136,15 @@ def observe(cache: CompressedCache, layer: CompressedLayer, step: Step, seen: Se
         if "attention" in needs:
             _flush(cache, layer, scale)
             layer.accumulate_mass(seen.on(layer.view(cache.rope, scale)))
+            cache.measure(layer)
         compact_due(cache, layer, step, seen, scale)
         return
     if needs & {"queries", "attention"}:
         assert seen.queries is not None and seen.positions is not None
+        first = layer.ring is None
         layer.remember(seen.queries, seen.positions, step.counts, cache.config.options.query_window)
+        if first:
+            cache.measure(layer)
     if "attention" in needs and layer.ring is not None and (due or layer.ring.full):
         _flush(cache, layer, scale)
     if due:

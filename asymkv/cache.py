@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from asymkv.budgets.heads import Rows
-from asymkv.budgets.layers import Request
 from asymkv.config import CompressionConfig
 from asymkv.dimensions import Projection
 from asymkv.layer import CompressedLayer
@@ -26,63 +23,7 @@ from asymkv.provenance import files_read
 from asymkv.rope import ProjectedRope, Rope
 
 if TYPE_CHECKING:
-    from asymkv.narrowing import Narrowing
-    from asymkv.reconstruction import Replay
-
-
-@dataclass
-class Step:
-    """One chunk of new tokens on its way through the layers; the first ``counts[b]`` columns of row b are tokens.
-
-    Args:
-        counts: tokens per row of the batch.
-        positions: ``[B, t]`` own-token positions (past the end: of no token).
-        tables: ``cos, sin``, ``[B, t, D]``.
-        limits: rows per head, or of each head, to compact each layer to, per row of the batch; None = no compaction.
-        requests: what the limits come from.
-        due: per row of the batch, whether layers must judge their rows for a compaction after the forward.
-        prompt: whether this is a prefill chunk (else one decode token per row).
-        tape: collects what a backward pass needs; None = none will come.
-        store: whether the chunk's rows are appended (False: they are only looked at).
-        compacted: set when some layer was compacted.
-        hold: no layer is compacted yet: what judges its rows comes after the forward.
-        replay: the tokens rebuild stored ones (``asymkv.reconstruction``): nothing is appended.
-        arrived: tokens per row with those whose hidden states were dropped before this layer; None = none was.
-        narrowing: drops hidden states between layers (``asymkv.narrowing``).
-    """
-
-    counts: list[int]
-    positions: Tensor
-    tables: tuple[Tensor, Tensor]
-    limits: list[list[Rows | None]]
-    requests: list[Request | None]
-    due: list[bool]
-    prompt: bool
-    tape: dict[int, Any] | None = None
-    store: bool = True
-    compacted: bool = False
-    hold: bool = False
-    replay: Replay | None = None
-    arrived: list[int] | None = None
-    narrowing: Narrowing | None = None
-    _copies: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
-    _queries: dict[torch.device, Tensor] = field(default_factory=dict)
-
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """``positions, cos, sin`` on a layer's device."""
-        if device not in self._copies:
-            cos, sin = self.tables
-            self._copies[device] = self.positions.to(device), cos.to(device), sin.to(device)
-        return self._copies[device]
-
-    def query_positions(self, device: torch.device) -> Tensor:
-        """``[B, t]``: positions of the chunk's queries, -1 where a column is no token."""
-        if device not in self._queries:
-            positions = self.positions.to(device)
-            column = torch.arange(positions.shape[1], device=device)
-            present = column < torch.tensor(self.counts, device=device)[:, None]
-            self._queries[device] = torch.where(present, positions, -1)
-        return self._queries[device]
+    from asymkv.step import Step
 
 
 class CompressedCache(BudgetLedger, Cache):
@@ -118,6 +59,7 @@ class CompressedCache(BudgetLedger, Cache):
         self.config = config
         self.head_split = config.head_split
         self.layer_tokens: tuple[int, ...] | None = None
+        self.sliding_window: int | None = None
         self.projections = list(projections)
         self.files: dict[str, str] = {}  # what was measured of the model and read for this cache: sha256
         projected = any(p.keys is not None for p in projections)
@@ -162,6 +104,8 @@ class CompressedCache(BudgetLedger, Cache):
                 heads=heads,
                 projections=config.row_dimensions.prepare(model) if config.row_dimensions else (),
             )
+            cache.sliding_window = adapter.sliding_window(model.config)
+            cache.check_length(0)
             cache.head_split = config.head_split.prepare(model)
             cache.layer_tokens = config.options.layer_tokens(model)
             config.options.prepare_layers(model, cache.layers)
@@ -212,7 +156,7 @@ class CompressedCache(BudgetLedger, Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of every buffer that this cache owns, spare rows and statistics included."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers) + self.tail.untyped_storage().nbytes()
 
     def max_rows(self) -> int:
         """Rows of the longest head of any layer."""
@@ -261,14 +205,22 @@ class CompressedCache(BudgetLedger, Cache):
         Raises:
             ValueError: for a batch of another size, or after a forward that never ended.
         """
-        if self.in_call:
-            raise ValueError("the last forward on this cache was interrupted, so that its layers disagree; go on from "
-                             "a fork() made before it, or reset()")
+        self.check_whole()
         self.call_prompt = self.count_prompt(counts)
         if not self.tail.shape[0]:
             self.tail = torch.zeros(len(counts), 0, dtype=torch.int8)
         self.in_call = True
         return self.call_prompt
+
+    def check_whole(self) -> None:
+        """Refuses a cache whose layers disagree.
+
+        Raises:
+            ValueError: after a forward that never ended.
+        """
+        if self.in_call:
+            raise ValueError("the last forward on this cache was interrupted, so that its layers disagree; go on from "
+                             "a fork() made before it, or reset()")
 
     def next_positions(
         self, counts: list[int], device: torch.device, dtype: torch.dtype
@@ -286,15 +238,19 @@ class CompressedCache(BudgetLedger, Cache):
             layer.columns_seen += valid.shape[1]
         self.step, self.in_call = None, False
         kinds = valid * torch.tensor([[PROMPT if p else GENERATED] for p in self.call_prompt], dtype=torch.int8)
-        self.tail = kinds[:, :0] if compacted else torch.cat([self.tail, kinds], dim=1)
+        self.tail = kinds[:, :0].clone() if compacted else torch.cat([self.tail, kinds], dim=1)
+        self._measure_bytes()
 
     def measure(self, layer: CompressedLayer) -> None:
         """Updates the peaks after an append to one layer."""
         size = layer.nbytes
         if size != self._bytes[layer.index]:
             self._bytes[layer.index] = size
-            self.peak_nbytes = max(self.peak_nbytes, sum(self._bytes))
+            self._measure_bytes()
         self.peak_rows = max(self.peak_rows, self.rows_that_share(layer, self.peak_rows))
+
+    def _measure_bytes(self) -> None:
+        self.peak_nbytes = max(self.peak_nbytes, sum(self._bytes) + self.tail.untyped_storage().nbytes())
 
     # -- batch and history ---------------------------------------------------------------------------------------
     def crop(self, tokens_to_remove: int) -> None:
@@ -303,8 +259,9 @@ class CompressedCache(BudgetLedger, Cache):
         Attention mass that those tokens gave to other rows stays counted.
 
         Raises:
-            ValueError: for a positive number, or if a compaction lies between.
+            ValueError: for a positive number, if a compaction lies between, or after a forward that never ended.
         """
+        self.check_whole()
         count = columns_to_crop(tokens_to_remove, self.get_seq_length())
         if count < 0 or count > self.tail.shape[1]:
             raise ValueError(
@@ -313,14 +270,14 @@ class CompressedCache(BudgetLedger, Cache):
             )
         if count == 0:
             return
-        cut = self.tail[:, -count:]
+        left, cut = self.tail.split([self.tail.shape[1] - count, count], dim=1)
         removed = (cut > 0).sum(1).tolist()
         for layer in self.layers:
             layer.truncate(count, removed)
             if layer.ring is not None:
-                layer.ring.forget([n > 0 for n in removed])
-        self.uncount(removed, (cut == PROMPT).sum(1).tolist())
-        self.tail = self.tail[:, :-count]
+                layer.ring.take_back((cut == GENERATED).sum(1).tolist())
+        self.uncount(cut, left)
+        self.tail = left.clone()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes row ``beam_idx[b]`` (beam search)."""
@@ -341,6 +298,8 @@ class CompressedCache(BudgetLedger, Cache):
         for name in ("prompt_tokens", "pending", "expected_prompt", "prompt_until"):
             setattr(self, name, [getattr(self, name)[r] for r in rows] if getattr(self, name) else [])
         self.tail = self.tail[rows] if self.prompt_tokens else self.tail
+        self._bytes = [layer.nbytes for layer in self.layers]
+        self._measure_bytes()
 
     def reset(self) -> None:
         """Forgets everything seen."""
@@ -358,6 +317,9 @@ class CompressedCache(BudgetLedger, Cache):
         for name in ("prompt_tokens", "expected_prompt", "prompt_until", "pending", "_bytes"):
             setattr(out, name, list(getattr(self, name)))
         return out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
+        return self.fork()
 
     def prune(self, *, ratio: float | None = None, budget: int | str | None = None) -> CompressedCache:
         """A fork that is compacted to another ratio or budget by the scores that this cache stores.

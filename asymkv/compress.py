@@ -174,6 +174,7 @@ def frozen_fork(cache: Any) -> Any:
     fork.config = CompressionConfig(
         "full", position_policy=config.positions, backend=config.backend, dimensions=setting_of(config.row_dimensions)
     )
+    fork.head_split, fork.layer_tokens = fork.config.head_split, None
     return fork
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,9 +92,15 @@ class CompressionConfig:
         dimensions: str | Mapping[str, Any] | None = None,
         **method_options: Any,
     ) -> None:
+        from asymkv.methods import METHODS
+
         values = {k: v for k, v in locals().items() if k in _FIELDS}
         given = [k for k, v in values.items() if v is not None and not isinstance(v, (_Default, _DefaultName))]
         object.__setattr__(self, "_given", given)
+        options = method_options.pop("options", None)  # as dataclasses.replace hands it over
+        if options is not None:
+            same = type(options) is METHODS.get(method)
+            method_options = {**(options.to_dict() if same else {}), **method_options}
         values["options"] = _make_method(method, method_options)
         for name, default in values["options"].defaults().items():
             if values[name] is None or isinstance(values[name], (_Default, _DefaultName)):
@@ -106,6 +113,16 @@ class CompressionConfig:
             object.__setattr__(self, name, _plain(value))
         self._validate()
 
+    def __getattr__(self, name: str) -> Any:
+        """The method's own settings, as if they were this object's."""
+        options = vars(self).get("options")
+        if options is None or name not in options.to_dict():
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(options, name)
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.to_dict(), sort_keys=True, default=str))
+
     def _validate(self) -> None:
         from asymkv.ops import BACKENDS
 
@@ -115,7 +132,8 @@ class CompressionConfig:
             check_integer(name, getattr(self, name), 0)
         if self.chunk_size not in (None, WHOLE_PROMPT):
             check_integer("chunk_size", self.chunk_size, 1)
-        if self.ratio is not None and not (isinstance(self.ratio, (int, float)) and 0 < self.ratio <= 1):
+        number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
+        if self.ratio is not None and not (number and 0 < self.ratio <= 1):
             what = "rows" if self.options.compresses or self.dimensions is None else "dimensions"
             raise ValueError(f"ratio is the share of {what} kept, in (0, 1]; found {self.ratio!r}")
         if self.position_policy not in (None, *POSITION_POLICIES):
@@ -146,17 +164,17 @@ class CompressionConfig:
     @property
     def head_split(self) -> HeadBudgets:
         """How a layer's budget is split over its heads."""
-        return self._splits[0]  # type: ignore[attr-defined]
+        return self._splits[0]
 
     @property
     def layer_split(self) -> LayerBudgets:
         """How the cache's budget is split over its layers."""
-        return self._splits[1]  # type: ignore[attr-defined]
+        return self._splits[1]
 
     @property
     def row_dimensions(self) -> Zack | None:
         """The dimensions that rows are stored in; None = all."""
-        return self._dimensions  # type: ignore[attr-defined]
+        return self._dimensions
 
     @property
     def positions(self) -> str:
@@ -166,7 +184,7 @@ class CompressionConfig:
     @property
     def given(self) -> tuple[str, ...]:
         """General settings that somebody gave, not this class or the method."""
-        return tuple(self._given)  # type: ignore[attr-defined]
+        return tuple(self._given)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, method options included, such that ``CompressionConfig(**d)`` equals this."""

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from asymkv.attention import Seen, TapeEntry, compact_due, is_due
-from asymkv.cache import CompressedCache, Step
+from asymkv.cache import CompressedCache
 from asymkv.layer import CompressedLayer
 from asymkv.models.adapter import FamilyAdapter
 from asymkv.observations import attention_mass, statistic_dtype
 from asymkv.replay_scores import CURVATURE
+from asymkv.step import Step
 
 FISHER = "fisher"
 

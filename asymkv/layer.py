@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from asymkv.methods.base import Method
 
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 @dataclass(frozen=True)
 class Judgement:
     """What a layer's units cost, kept until all layers have judged theirs (``asymkv.budgets.Judged``)."""
@@ -121,7 +123,14 @@ class CompressedLayer(LayerBase):
             values: ``[B, H_kv, t, D]``.
             positions: ``[B, t]`` own-token positions; None: those that follow the tokens seen.
             valid: ``[B, t]`` bool, False = padding, never stored; None: all are tokens.
+
+        Raises:
+            ValueError: for shapes that do not fit each other, or what is stored.
         """
+        shape = (keys.shape[0], keys.shape[2])
+        for name, given in (("positions", positions), ("valid", valid)):
+            if given is not None and given.shape != shape:
+                raise ValueError(f"{name} must be of shape {shape}, [B, t] of the keys; found {tuple(given.shape)}")
         if valid is not None and not bool(valid.all()):
             order = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
             keys, values = (x.gather(2, order[:, None, :, None].expand_as(x)) for x in (keys, values))
@@ -148,6 +157,9 @@ class CompressedLayer(LayerBase):
             self.initialize(keys, values)
         if keys.shape[0] != self.batch:
             raise ValueError(f"the cache holds a batch of {self.batch}; found one of {keys.shape[0]}")
+        if keys.shape[1] != self.kv_heads or values.shape[:3] != keys.shape[:3]:
+            raise ValueError(f"the layer holds {self.kv_heads} KV heads; found keys of shape {tuple(keys.shape)} and "
+                             f"values of shape {tuple(values.shape)}")
         flat = {"keys": keys.flatten(0, 1), "values": values.flatten(0, 1)}
         flat["position"] = positions.int()[:, None].expand(-1, keys.shape[1], -1).flatten(0, 1)
         self.storage.append(flat, [c for c in counts for _ in range(keys.shape[1])])
@@ -264,7 +276,8 @@ class CompressedLayer(LayerBase):
         self.tokens = [self.tokens[r] for r in rows]
         if self.ring is not None:
             self.ring.select(beam_idx.to(self.ring.queries.device))
-        self.memory = {name: x[beam_idx.to(x.device)] for name, x in self.memory.items()}
+        with torch.inference_mode(False):
+            self.memory = {name: x[beam_idx.to(x.device)] for name, x in self.memory.items()}
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the given rows of the batch."""
@@ -287,11 +300,16 @@ class CompressedLayer(LayerBase):
         out.tokens = list(self.tokens)
         if self.is_initialized:
             out.storage = self.storage.clone()
-        out.ring = copy.deepcopy(self.ring)
-        out.memory = {name: x.clone() for name, x in self.memory.items()}
+        out.ring = None if self.ring is None else self.ring.clone()
+        with torch.inference_mode(False):  # a later turn outside it may write to the copies
+            out.memory = {name: x.clone() for name, x in self.memory.items()}
         return out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedLayer:
+        return self.fork()
 
     def reset(self) -> None:
         """Forgets everything."""
         self.is_initialized = False
+        vars(self).pop("storage", None)
         self.tokens, self.columns_seen, self.ring, self.memory = [], 0, None, {}

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from asymkv.budgets.heads import HeadBudgets, Rows
 from asymkv.budgets.layers import LayerBudgets, Request
@@ -47,6 +48,25 @@ def cache_shape(
     return CacheShape(len(widths), kv_heads, max(rows) if uneven else -(-sum(rows) // len(rows)), uneven, fixed)
 
 
+def check_window(config: CompressionConfig, window: int | None, tokens: int) -> None:
+    """Refuses a sequence of so many tokens that passes the model's sliding window (None = there is none).
+
+    Raises:
+        ValueError: so, or where nothing would ever be compressed within the window.
+    """
+    if window is None:
+        return
+    found = f"a sequence of {tokens} tokens" if tokens > window else ""
+    if config.options.compresses and isinstance(config.budget, int) and config.budget >= window:
+        found = f"budget={config.budget}, which nothing within it would be compressed to"
+    if found:
+        raise ValueError(
+            f"sliding_window={window} cannot be passed on a compressed cache; found {found}; allowed: sequences and "
+            "budgets below it, or full attention in every layer (set sliding_window=None, or use_sliding_window=False, "
+            "if the model was trained for it)"
+        )
+
+
 class BudgetLedger:
     """Mixin of the cache: everything is counted in a row's own tokens, per row of the batch."""
 
@@ -54,6 +74,7 @@ class BudgetLedger:
     head_split: HeadBudgets
     shape: CacheShape
     layers: list[CompressedLayer]
+    sliding_window: int | None  # tokens that no sequence may pass; None = any
     layer_tokens: tuple[int, ...] | None  # hidden states of a prompt that reach each layer at most; None = all
 
     def open_ledger(self) -> None:
@@ -78,19 +99,23 @@ class BudgetLedger:
     def rows_that_share(self, layer: CompressedLayer, more_than: int) -> int:
         """Rows per KV head once a layer has taken some in, rounded up, of the row of the batch that has the most.
 
-        The mean is over the layer's heads; where layers share a budget, over all layers' heads, once the first layer or
-        the last one has taken its rows in: no layer between them holds the most of a forward. 0 where no head, and so
-        no mean, holds more than ``more_than``.
+        The mean is over the layer's heads; where layers share a budget, over all layers' heads, and where they wait for
+        each other, once the last one has taken its rows in. 0 where no head, and so no mean, holds more than
+        ``more_than``.
         """
         shared = [layer]
         if self.layers_share:
-            asked = (self.layers[-1],) if self.deferred else (self.layers[0], self.layers[-1])
-            shared = [each for each in self.layers if each.is_initialized] if layer in asked else []
+            waits = self.deferred and layer is not self.layers[-1]
+            shared = [] if waits else [each for each in self.layers if each.is_initialized]
         if max((each.storage.width for each in shared), default=0) <= more_than:
             return 0
         heads = len(self.layers if self.layers_share else shared) * self.shape.kv_heads
         held = (sum(sum(each.heads_of(row)) for each in shared) for row in range(layer.batch))
         return max(-(-rows // heads) for rows in held)
+
+    def check_length(self, tokens: int) -> None:
+        """See :func:`check_window`."""
+        check_window(self.config, self.sliding_window, tokens)
 
     def expect_prompt(self, new_tokens: list[int]) -> None:
         """Announces the own prompt tokens that each row is about to get, in one forward or several."""
@@ -112,42 +137,53 @@ class BudgetLedger:
         prompt; else one generated token.
 
         Raises:
-            ValueError: for a batch of another size, or a part of a prompt that the method must see whole.
+            ValueError: for a batch of another size, a part of a prompt that the method must see whole, or a sequence
+                that passes the model's sliding window.
         """
-        if not self.prompt_tokens:
-            self.prompt_tokens = [0] * len(counts)
-            self.pending = [0] * len(counts)
-        if len(counts) != len(self.prompt_tokens):
-            raise ValueError(f"the cache holds a batch of {len(self.prompt_tokens)}; found one of {len(counts)}")
+        before = self.prompt_tokens or [0] * len(counts)
+        if len(counts) != len(before):
+            raise ValueError(f"the cache holds a batch of {len(before)}; found one of {len(counts)}")
         seen = self.layers[0].tokens or [0] * len(counts)
+        if len(self.prompt_until) != len(counts):
+            self.expected_prompt, self.prompt_until = [], []  # announced for another batch, which never came
         until = self.prompt_until or [0] * len(counts)
-        prompt = self.is_prompt(counts)
-        self.generated = [
-            s - p + (0 if own else c) for s, p, c, own in zip(seen, self.prompt_tokens, counts, prompt, strict=True)
-        ]
         if "whole_prompt" in self.config.options.needs:
             short = [u - s for c, s, u in zip(counts, seen, until, strict=True) if s + c < u]
             if short:
                 raise ValueError(f"method {self.config.method!r} judges the whole prompt at once, and generate feeds "
                                  f"it in parts; leave prefill_chunk_size None (tokens still to come: {short})")
-        for row, count in enumerate(counts):
-            if seen[row] == 0 and count:
-                self.config.options.check_prompt(max(count, until[row]), self.config)
-            if prompt[row]:
-                self.prompt_tokens[row] += count
+        for first, count, end in zip(seen, counts, until, strict=True):
+            if first == 0 and count:
+                self.config.options.check_prompt(max(count, end), self.config)
+            self.check_length(max(first + count, end))
+        # Nothing is refused below: a batch that was leaves no trace.
+        prompt = self.is_prompt(counts)
+        self.generated = [
+            s - p + (0 if own else c) for s, p, c, own in zip(seen, before, counts, prompt, strict=True)
+        ]
+        self.prompt_tokens = [p + (c if own else 0) for p, c, own in zip(before, counts, prompt, strict=True)]
+        self.pending = self.pending or [0] * len(counts)
         return prompt
 
-    def uncount(self, removed: list[int], of_prompt: list[int]) -> None:
-        """Forgets the newest ``removed[b]`` tokens of each row, ``of_prompt[b]`` of them of its prompt; layers first.
+    def uncount(self, cut: Tensor, left: Tensor) -> None:
+        """Forgets the tokens of the newest columns ``cut [B, n]``, behind those ``left`` since the last compaction.
 
-        What was still to come of an announced prompt is not expected any more.
+        Layers come first. What was still to come of an announced prompt is not expected any more.
         """
-        generated = [r - p for r, p in zip(removed, of_prompt, strict=True)]
-        self.pending = [max(n - g, 0) for n, g in zip(self.pending, generated, strict=True)]
+        of_prompt, generated = ((cut == kind).sum(1).tolist() for kind in (PROMPT, GENERATED))
+        backwards = left.flip(1)
+        since = ((backwards == GENERATED) & ((backwards == PROMPT).cumsum(1) == 0)).sum(1).tolist()
+        # An interval that passed without a compaction has begun anew all the same, and so does prompt.
+        interval = max(self.config.decode_interval, 1)
+        at = [s if p else n - g for n, g, p, s in zip(self.pending, generated, of_prompt, since, strict=True)]
+        self.pending = [n % interval for n in at]
         self.prompt_tokens = [n - p for n, p in zip(self.prompt_tokens, of_prompt, strict=True)]
-        if self.expected_prompt:
-            self.expected_prompt = [*map(min, self.expected_prompt, self.prompt_tokens)]
-            self.prompt_until = [*map(min, self.prompt_until, self.layers[0].tokens)]
+        self.expect_nothing()
+
+    def expect_nothing(self) -> None:
+        """Takes back what is still to come of an announced prompt."""
+        self.expected_prompt = [*map(min, self.expected_prompt, self.prompt_tokens)]
+        self.prompt_until = [*map(min, self.prompt_until, self.layers[0].tokens)]
 
     def reaching(self, layer: int, counts: list[int]) -> list[int]:
         """Per row of the batch, how many of ``counts[b]`` new tokens reach a layer; all of them past the last one."""

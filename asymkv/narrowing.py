@@ -2,7 +2,7 @@
 
 What the last queries of a layer attend to is what the next layer sees, where that one takes fewer tokens than there
 are. Around the decoder's forward of a prompt, hooks before its layers gather the hidden states and put a narrower
-:class:`~asymkv.cache.Step` into the cache; positions stay the tokens' own.
+:class:`~asymkv.step.Step` into the cache; positions stay the tokens' own.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asymkv.cache import CompressedCache, Step
+from asymkv.cache import CompressedCache
 from asymkv.observations import attention_mass, newest
+from asymkv.step import Step
 from asymkv.view import RowView, lowest
 
 JUDGES = 8  # last queries that choose the tokens; as many last tokens always stay (the paper's code)

@@ -7,6 +7,7 @@ mean value, ``u = p (v - o)`` the derivative of the output with respect to ``s``
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,12 +86,26 @@ class QueryRing:
             self.positions[torch.tensor(rows, device=self.positions.device)] = -1
             self.cursor = [0 if gone else n for n, gone in zip(self.cursor, rows, strict=True)]
 
+    def take_back(self, counts: list[int]) -> None:
+        """Removes the newest ``counts[b]`` queries of each row; what they have pushed out does not come back."""
+        size = self.positions.shape[1]
+        for row, (count, end) in enumerate(zip(counts, self.cursor, strict=True)):
+            left = max(end - count, 0)
+            self.positions[row, [i % size for i in range(max(left, end - size), end)]] = -1
+            self.cursor[row] = left if left > end - size else 0
+
     def select(self, rows: Tensor) -> None:
         """Reorders the batch."""
         index = rows.tolist()
         with torch.inference_mode(False):
             self.queries, self.positions = self.queries[index], self.positions[index]
         self.cursor = [self.cursor[row] for row in index]
+
+    def clone(self) -> QueryRing:
+        """A deep copy."""
+        out = copy.copy(self)
+        out.select(torch.arange(len(self.cursor)))
+        return out
 
 
 class QueryBlocks:

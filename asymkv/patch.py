@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from asymkv.attention import attention_forward
 from asymkv.cache import CompressedCache
 from asymkv.config import CompressionConfig
+from asymkv.ledger import check_window
 from asymkv.models import get_adapter
 from asymkv.models._compat import bind_forward, generation_request
 from asymkv.models.adapter import FamilyAdapter
@@ -98,8 +99,10 @@ class PatchHandle:
             name = "_old_forward" if name == "forward" and hasattr(target, "_old_forward") else name
             original = getattr(target, name)
             own = name in vars(target)
-            unbound = getattr(original, "__func__", original)
-            function = make(functools.wraps(unbound)(lambda _self, *args, **kwargs: original(*args, **kwargs)))
+            unbound = getattr(original, "__func__", None)
+            if unbound is None:  # a function that someone has put there
+                unbound = functools.wraps(original)(lambda _self, *args, **kwargs: original(*args, **kwargs))
+            function = make(unbound)  # not the bound method: a deep copy of the model must run on its own weights
             wrapper = types.MethodType(functools.wraps(original)(function), target)
         setattr(wrapper if isinstance(target, type) else wrapper.__func__, _MARK, self)
         setattr(target, name, wrapper)
@@ -154,6 +157,7 @@ class PatchHandle:
                 _check_mode(cache.config, mode)
                 original(lm, *args, **kwargs)
             _announce(cache, given)
+            _check_length(cache, given, generation.max_length)
             return None
 
         return prepare
@@ -182,6 +186,13 @@ def _check_mode(config: CompressionConfig, mode: Any) -> None:
     if "assisted" in str(getattr(mode, "value", mode)) and judged:
         raise ValueError(f"assisted generation rolls the cache back, which method={config.method!r} cannot; "
                          "allowed: method='full'")
+
+
+def _check_length(cache: CompressedCache, given: dict[str, Any], columns: int | None) -> None:
+    """Refuses at once what would pass the model's sliding window on the way to so many columns."""
+    mask = given.get("attention_mask")
+    padding = 0 if mask is None else mask.shape[1] - int(mask.sum(1).max())
+    cache.check_length((columns or 0) - 1 - padding)  # the last token is not fed any more
 
 
 def _announce(cache: CompressedCache, given: dict[str, Any]) -> None:
@@ -227,7 +238,7 @@ def replace(
     if model is None:
         _check_classes(adapter)
     else:
-        _check_instance(adapter, model)
+        _check_instance(adapter, model, config)
     handle = PatchHandle(adapter, config, model)
     handle.install()
     return handle
@@ -265,12 +276,13 @@ def _check_classes(adapter: FamilyAdapter) -> None:
         )
 
 
-def _check_instance(adapter: FamilyAdapter, model: nn.Module) -> None:
+def _check_instance(adapter: FamilyAdapter, model: nn.Module, config: CompressionConfig) -> None:
     lms = [m for m in model.modules() if isinstance(m, adapter.causal_lm_class())]
     if not lms:
         found = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise ValueError(f"no {adapter.causal_lm} in the given model; found {found!r}, expected {adapter.model_type!r}")
     adapter.check(lms[0].config)
+    check_window(config, adapter.sliding_window(lms[0].config), 0)
     if handle_of(lms[0]) is not None:
         raise ValueError(f"this {adapter.model_type} model is patched already; restore() the first patch")
 

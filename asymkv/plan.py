@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -102,16 +103,27 @@ def execute(plan: CompactionPlan, view: RowView, storage: RaggedStorage, policy:
         weight = plan.key_weight.reshape(heads, width, -1).to(torch.promote_types(view.keys.dtype, torch.float32))
         weight = weight.contiguous()
     rotary = view.rotary_positions.reshape(heads, width).contiguous()
-    row_ops.ragged_compact(
-        *(sources[name] for name in edited), rotary, [sources[name] for name in view.statistics], weight, order, offset,
-        view.rope.frequencies(view.keys.device, view.keys.shape[-1]),
-        _target_rotary(policy, sources["cardinality"], order, offset),
-        packed.table("start"), *(packed.columns[name] for name in ROW_COLUMNS),
-        [packed.columns[name] for name in view.statistics],
-    )  # fmt: skip
+    target, start = _target_rotary(policy, sources["cardinality"], order, offset), packed.table("start")
+    for frequencies, some in _batches(view.rope.frequencies(view.keys.device, view.keys.shape[-1]), heads):
+        row_ops.ragged_compact(
+            *(sources[name][some] for name in edited), rotary[some], [sources[name][some] for name in view.statistics],
+            None if weight is None else weight[some], order[some], offset[some], frequencies,
+            None if target is None else target[some], start[some], *(packed.columns[name] for name in ROW_COLUMNS),
+            [packed.columns[name] for name in view.statistics],
+        )  # fmt: skip
     packed._set_length(length)
     packed.merged = storage.merged or bool((packed.columns["cardinality"] > 1).any())
     return packed
+
+
+def _batches(frequencies: Tensor, heads: int) -> Iterator[tuple[Tensor, slice]]:
+    """Heads that share their rotary frequencies: all of them, or those of one row of the batch."""
+    if frequencies.ndim == 1:
+        yield frequencies, slice(None)
+        return
+    each = heads // frequencies.shape[0]
+    for row, own in enumerate(frequencies):
+        yield own, slice(row * each, (row + 1) * each)
 
 
 def _per_head(rows: Tensor, column: Tensor, heads: int) -> Tensor:

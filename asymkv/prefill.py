@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 from asymkv import curvature
 from asymkv.attention import settle
 from asymkv.branches import settle_branches
-from asymkv.cache import CompressedCache, Step
+from asymkv.cache import CompressedCache
 from asymkv.models._compat import CausalLMOutputWithPast, checkpoints_activations
 from asymkv.models.adapter import FamilyAdapter
 from asymkv.narrowing import narrowing
 from asymkv.reconstruction import Reconstruction, compact_scored
+from asymkv.step import Step
 
 # Arguments of a causal LM's forward that are ours to serve; all others go to the decoder, as in transformers.
 _OWN = ("labels", "logits_to_keep", "use_cache", "past_key_values", "return_dict", "cache_position", "input_ids",
@@ -98,7 +99,19 @@ class Call:
 
 
 def run(adapter: FamilyAdapter, lm: PreTrainedModel, cache: CompressedCache, given: dict[str, Any]) -> Any:
-    """A causal LM's forward on a compressed cache; returns what the stock forward returns."""
+    """A causal LM's forward on a compressed cache; returns what the stock forward returns.
+
+    A forward that is refused leaves the cache as it was, but for what was announced to it.
+    """
+    try:
+        return _run(adapter, lm, cache, given)
+    except BaseException:
+        if not cache.in_call:
+            cache.expect_nothing()
+        raise
+
+
+def _run(adapter: FamilyAdapter, lm: PreTrainedModel, cache: CompressedCache, given: dict[str, Any]) -> Any:
     _check_mode(lm, cache, given)
     call = parse(cache, given)
     with torch.no_grad():
@@ -117,8 +130,8 @@ def parse(cache: CompressedCache, given: dict[str, Any]) -> Call:
     """Checks a forward's arguments.
 
     Raises:
-        ValueError: for an empty prompt, a mask that is not 2D or does not fit, foreign positions, or a row without a
-            token.
+        ValueError: for an empty prompt, another batch than the cache's, a mask that is not 2D or does not fit, foreign
+            positions, a row without a token, or a negative ``logits_to_keep``.
     """
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     if (ids is None) == (embeds is None):
@@ -127,6 +140,8 @@ def parse(cache: CompressedCache, given: dict[str, Any]) -> Call:
     batch, columns = inputs.shape[:2]
     if columns == 0 or batch == 0:
         raise ValueError(f"empty prompt: input of shape {tuple(inputs.shape)} holds no token")
+    if cache.prompt_tokens and batch != len(cache.prompt_tokens):
+        raise ValueError(f"the cache holds a batch of {len(cache.prompt_tokens)}; found one of {batch}")
     mask = _new_columns(given.get("attention_mask"), cache.get_seq_length(), batch, columns)
     layout = Layout.of(mask, batch, columns)
     if not cache.prompt_until and cache.get_seq_length() == 0 and min(layout.counts) == 0:
@@ -134,6 +149,8 @@ def parse(cache: CompressedCache, given: dict[str, Any]) -> Call:
         raise ValueError(f"rows {empty} of the batch hold nothing but padding")
     _check_positions(cache, layout, given.get("position_ids"))
     keep = given.get("logits_to_keep")
+    if isinstance(keep, int) and keep < 0:
+        raise ValueError(f"logits_to_keep must be >= 0 (0 = all) or a tensor of columns; found {keep}")
     extra = {k: v for k, v in given.items() if k not in _OWN}
     return Call(inputs, ids is None, layout, given.get("labels"), 0 if keep is None else keep, extra)
 
@@ -171,12 +188,15 @@ def _check_positions(cache: CompressedCache, layout: Layout, position_ids: Tenso
     """Refuses positions that are not those of a row's own tokens: rows would be cached at wrong places."""
     if position_ids is None:
         return
-    ids = position_ids.cpu().expand(len(layout.counts), -1)
+    ids, shape = position_ids.cpu(), (len(layout.counts), layout.columns)
+    if ids.ndim > 2 or ids.shape[-1] != shape[1] or ids.ndim == 2 and ids.shape[0] not in (1, shape[0]):
+        raise ValueError(f"position_ids must be of shape {shape}, or one row for all; found {tuple(ids.shape)}")
+    ids = ids.expand(shape)
     valid = layout.valid
     seen = torch.tensor(cache.layers[0].tokens or [0] * len(layout.counts))[:, None]
     own = seen + valid.long().cumsum(1) - 1
     column = cache.get_seq_length() + torch.arange(layout.columns).expand_as(own)
-    if ids.shape != own.shape or not ((ids == own)[valid].all() or (ids == column)[valid].all()):
+    if not ((ids == own)[valid].all() or (ids == column)[valid].all()):
         raise ValueError(
             "position_ids must count each row's own tokens, or its columns; other positions (packed sequences, "
             f"offsets) cannot run on a compressed cache; found {ids.tolist() if ids.numel() < 20 else ids.shape}"

@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 
 from asymkv.attention import Seen, compact_due, rotary_of_new, rotate_new, settle, taped_attention
 from asymkv.budgets.rows import resolve_rows
-from asymkv.cache import CompressedCache, Step
+from asymkv.cache import CompressedCache
 from asymkv.curvature import replay_chunk_fisher
 from asymkv.layer import CompressedLayer
 from asymkv.models.adapter import FamilyAdapter
 from asymkv.ops import ragged_attention
 from asymkv.ops.sdpa import causal_attention, joined
 from asymkv.replay_scores import FAINTEST, SCORE, ReplayQueries, Scorer
+from asymkv.step import Step
 
 if TYPE_CHECKING:
     from asymkv.methods.kvzip import KVzip
@@ -235,6 +236,7 @@ def prune(cache: CompressedCache, ratio: float | None, budget: int | str | None)
     if not all(layer.is_initialized and SCORE in layer.storage.columns for layer in cache.layers):
         raise ValueError(f"this cache (method={cache.config.method!r}) stores no scores to prune by; fill it with "
                          "method='kvzip' (retain=True keeps every row and its score)")
+    cache.check_whole()
     out = cache.fork()
     out.config = cache.config.replace(ratio=ratio, budget=budget, retain=False)
     batch = len(out.prompt_tokens)
@@ -249,5 +251,5 @@ def prune(cache: CompressedCache, ratio: float | None, budget: int | str | None)
     settle(out, step)
     if step.compacted:
         out.compactions += 1
-        out.tail = out.tail[:, :0]
+        out.tail = out.tail[:, :0].clone()
     return out

@@ -39,8 +39,9 @@ def save(cache: CompressedCache, path: str | Path, model: PreTrainedModel) -> No
         model: the model that filled the cache.
 
     Raises:
-        ValueError: for a cache that has seen nothing.
+        ValueError: for a cache that has seen nothing, or whose last forward never ended.
     """
+    cache.check_whole()
     if not cache.prompt_tokens:
         raise ValueError("nothing has been put into this cache: there is nothing to save; fill it first")
     folder = Path(path)

@@ -73,7 +73,8 @@ class RaggedStorage:
     def nbytes(self) -> int:
         """Bytes of every buffer, spare rows, statistics and index tables included."""
         segments = [] if self._segments is None else [x for x in vars(self._segments).values() if isinstance(x, Tensor)]
-        buffers = [*self.columns.values(), *self._tables.values(), *segments]
+        tables = [self.table(name) for name in ("start", "length", "capacity")]  # made now if not yet: copies are equal
+        buffers = [*self.columns.values(), *tables, *segments]
         return sum(b.untyped_storage().nbytes() for b in buffers)
 
     def table(self, name: str) -> Tensor:

@@ -146,7 +146,7 @@ class Echo(KVzip):
             return drop, free
         follows = free & torch.nn.functional.pad(free[..., 1:], (0, 1))
         # A pair that was never judged, or whose neighbours changed, costs no more than to lose both.
-        merge = view.statistics[PAIR].minimum(drop + torch.nn.functional.pad(drop[..., 1:], (0, 1)))
+        merge = _pairs(view).minimum(drop + torch.nn.functional.pad(drop[..., 1:], (0, 1)))
         if self.action == "merge":
             view.evidence["joins"] = follows
             return merge, follows
@@ -163,7 +163,7 @@ class Echo(KVzip):
         gone = (chosen & ~joins).gather(-1, target) | ~view.valid
         alone = ~gone & ~shared(target)
         intact = alone & torch.nn.functional.pad(alone[..., 1:], (0, 1))
-        view.statistics[PAIR] = torch.where(intact, view.statistics[PAIR], torch.inf)
+        view.statistics[PAIR] = torch.where(intact, _pairs(view), torch.inf)
         weight = self._weights(view, joins[..., :-1], target)
         if SHARE in view.statistics:
             view.statistics[SHARE] = torch.where(intact, view.statistics[SHARE], 0)
@@ -182,3 +182,9 @@ class Echo(KVzip):
             even = n[..., :-1] / (n[..., :-1] + n[..., 1:]).clamp(min=1)
             return chain_weights(torch.where(share > 0, share, even), joins, target)
         return None
+
+
+def _pairs(view: RowView) -> Tensor:
+    """Costs of merging rows with their next ones; infinite where nothing was repeated yet (a prompt, all prefix)."""
+    found = view.statistics.get(PAIR)
+    return torch.full(view.valid.shape, torch.inf, device=view.valid.device) if found is None else found

@@ -96,7 +96,7 @@ class ExpectedAttention(Method):
     def _average_rotation(self, view: RowView, dtype: torch.dtype) -> Tensor:
         """``[B, 1, D, D]``: mean rotation matrix of the next positions of each row of the batch."""
         ahead = torch.arange(self.n_future_positions, device=view.tokens.device)
-        cos, sin = view.rope.tables(view.tokens[:, None] + ahead, dtype)
+        cos, sin = view.rope.tables(view.tokens[:, None] + ahead, dtype, per_row=False)
         cos, sin = cos.mean(1), sin.mean(1)
         half = cos.shape[-1] // 2
         rotation = torch.diag_embed(cos)

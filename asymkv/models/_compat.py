@@ -61,11 +61,19 @@ def generation_request(args: tuple, kwargs: dict) -> tuple[Any, dict, Any]:
 
 def bind_forward(original: Any, module: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
     """All arguments of a causal LM's ``forward`` by name, extra keyword arguments included."""
-    bound = inspect.signature(original).bind(module, *args, **kwargs)
-    given = dict(bound.arguments)
+    # A subclass may hand all on: the names are then its base's.
+    bases = [vars(cls)["forward"] for cls in type(module).__mro__ if "forward" in vars(cls)]
+    signatures = map(inspect.signature, [original, *bases])
+    signature = next(s for s in signatures if not _kind_of(s, inspect.Parameter.VAR_POSITIONAL))
+    given = dict(signature.bind(module, *args, **kwargs).arguments)
     given.pop(next(iter(given)))  # self
-    extra = given.pop("kwargs", {})
+    extra = given.pop(_kind_of(signature, inspect.Parameter.VAR_KEYWORD), {})
     return {**given, **extra}
+
+
+def _kind_of(signature: inspect.Signature, kind: Any) -> str:
+    """The name of a signature's first parameter of a kind; empty if there is none."""
+    return next((name for name, parameter in signature.parameters.items() if parameter.kind is kind), "")
 
 
 def checkpoints_activations(model: Any) -> bool:

@@ -102,19 +102,23 @@ class FamilyAdapter:
         """Raises for model configurations that a compressed cache cannot serve.
 
         Raises:
-            ValueError: for sliding-window attention: rows outside the window must not be seen, and merged rows have
-                no sharp place in or out of it.
+            ValueError: for layers whose attention is neither full nor over a sliding window.
         """
-        sliding = [t for t in getattr(config, "layer_types", None) or [] if t != "full_attention"]
+        other = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+        if other:
+            raise ValueError(f"{self.model_type}: layer types {sorted(other)} cannot run on a compressed cache; "
+                             "allowed: full attention in every layer, or sliding windows that no sequence passes")
+
+    def sliding_window(self, config: Any) -> int | None:
+        """Tokens that a layer of sliding-window attention sees; None where all attention is full.
+
+        Up to that many tokens it is full attention. Behind them rows outside the window must not be seen, and merged
+        rows have no sharp place in or out of it: longer sequences are refused.
+        """
         # Qwen2 keeps `sliding_window` beside layer_types that may all be full; Mistral has the former alone.
-        has_types = getattr(config, "layer_types", None) is not None
-        window = None if has_types else getattr(config, "sliding_window", None)
-        if sliding or window is not None:
-            found = f"layer types {sorted(set(sliding))}" if sliding else f"sliding_window={window}"
-            raise ValueError(
-                f"{self.model_type}: {found} cannot run on a compressed cache; allowed: full attention in every layer "
-                "(set sliding_window=None, or use_sliding_window=False, if the model was trained for it)"
-            )
+        types = getattr(config, "layer_types", None)
+        slides = types is None or "sliding_attention" in types
+        return getattr(config, "sliding_window", None) if slides else None
 
 
 def plain(name: str, linear: Any, kind: Any = nn.Linear) -> tuple[Tensor, Tensor | None]:

@@ -37,7 +37,7 @@ def biased_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, 
     total = weights.sum(-1, keepdim=True)
     out = torch.einsum("bhgqt,bhtd->bhgqd", weights, values.to(dtype)) / torch.where(total == 0, 1, total)
     lse = (top + torch.log(total)).squeeze(-1)
-    return out.reshape(batch, heads, queries, -1).to(query.dtype), lse.reshape(batch, heads, queries)
+    return out.reshape(batch, heads, queries, values.shape[-1]).to(query.dtype), lse.reshape(batch, heads, queries)
 
 
 def causal_tail_bias(queries: int, rows: int, tail: int, device: torch.device) -> Tensor:
@@ -65,7 +65,7 @@ def lma_attention(
         query: ``[B, H, Q, D]``.
         keys: ``[B, H_kv, T, D]`` with ``H`` a multiple of ``H_kv``.
         values: ``[B, H_kv, T, D_v]``, means of the members of a row.
-        cardinality: ``[B, H_kv, T]``, tokens a row stands for; 0 = absent row.
+        cardinality: ``[B, H_kv, T]``, tokens a row stands for; 0 = absent row, whatever its key and value hold.
         scale: factor of ``q.k``; None = ``D ** -0.5``.
         causal_tail: the last so many rows are the queries' own tokens, causal among themselves.
 
@@ -76,7 +76,8 @@ def lma_attention(
     Raises:
         ValueError: for shapes that do not fit.
     """
-    if query.ndim != 4 or keys.ndim != 4 or query.shape[1] % keys.shape[1]:
+    shapes = query.ndim == keys.ndim == 4 and query.shape[::3] == keys.shape[::3] and keys.shape[1]
+    if not shapes or query.shape[1] % keys.shape[1]:
         raise ValueError(f"query [B, H, Q, D] and keys [B, H_kv, T, D], H a multiple of H_kv; found "
                          f"{tuple(query.shape)} and {tuple(keys.shape)}")
     if values.shape[:3] != keys.shape[:3] or cardinality.shape != keys.shape[:3]:
@@ -87,6 +88,9 @@ def lma_attention(
                          f"{keys.shape[2]}; found {causal_tail}")
     if (cardinality < 0).any():
         raise ValueError(f"cardinality must be >= 0; found {cardinality.min().item()}")
+    absent = (cardinality == 0)[..., None]
+    if absent.any():  # a probability of 0 times what is not finite would not be 0
+        keys, values = keys.masked_fill(absent, 0), values.masked_fill(absent, 0)
     bias = torch.log(cardinality.to(compute_dtype(query)))[:, :, None]
     if causal_tail:
         bias = bias + causal_tail_bias(query.shape[2], keys.shape[2], causal_tail, query.device)

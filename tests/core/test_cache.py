@@ -1,5 +1,7 @@
 """CompressedCache: introspection, bytes, history, batch."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import assert_close, assert_same_rows, prompt, tiny_model
@@ -27,13 +29,14 @@ def step(model, cache, tokens):
 def test_nbytes_counts_every_storage_it_owns(model):
     cache = run(model, method="h2o", batch=2)
     step(model, cache, prompt(1, 2))
-    owned = set()
+    owned = {(cache.tail.untyped_storage().data_ptr(), cache.tail.untyped_storage().nbytes())}
     for layer in cache.layers:
         tensors = [*layer.storage.columns.values(), *layer.storage._tables.values()]
         tensors += [layer.ring.queries, layer.ring.positions]
         owned |= {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors}
     assert cache.nbytes == sum(size for _, size in owned) == cache.stats()["nbytes"]
-    assert cache.peak_nbytes >= cache.nbytes - sum(layer.ring.nbytes for layer in cache.layers)
+    assert cache.peak_nbytes >= cache.nbytes
+    assert cache.fork().nbytes == copy.deepcopy(cache).nbytes == cache.nbytes
 
 
 @pytest.mark.parametrize("budget", [48, 200, 1000])
@@ -203,3 +206,73 @@ def test_ratio_counts_own_tokens_and_reports_a_raise(model, caplog):
     assert cache.num_rows(0).tolist() == [[29, 29], [13, 13]]
     assert cache.stats()["budget"] == [29, 13] and cache.stats()["budget_raised"] == [False, True]
     assert "raised" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["h2o", "tova", "asymkv", "full"])
+def test_peak_bytes_are_never_below_the_bytes(model, method):
+    """Remembered queries come with the first generated token, and repeated rows with no append at all."""
+    cache = run(model, length=20, method=method)
+    for i in range(3):
+        step(model, cache, prompt(1, seed=i))
+        assert cache.peak_nbytes >= cache.nbytes
+    cache.batch_repeat_interleave(4)
+    assert cache.peak_nbytes >= cache.nbytes
+    most = cache.peak_nbytes
+    cache.batch_select_indices(torch.tensor([0]))
+    step(model, cache, prompt(1))
+    assert cache.peak_nbytes == most >= 3 * cache.nbytes
+
+
+@pytest.mark.parametrize("copied", [asymkv.CompressedCache.fork, copy.deepcopy], ids=["fork", "deepcopy"])
+@pytest.mark.parametrize("method", ["h2o", "d2o", "full"])
+def test_a_copy_made_under_inference_mode_goes_on_outside(model, method, copied):
+    with torch.inference_mode():
+        cache = run(model, method=method)
+        step(model, cache, prompt(1, seed=5))
+        cache = copied(cache)
+    with torch.no_grad():
+        for i in range(9):  # past a compaction
+            step(model, cache, prompt(1, seed=i))
+        cache.crop(-1)
+    assert cache.tokens_seen.tolist() == [159]
+
+
+@pytest.mark.parametrize("method", ["asymkv", "tova", "h2o", "cam"])
+def test_a_turn_after_a_crop_finds_room(model, method):
+    """Queries of the tokens that stay still judge: without them rows would exceed budget + chunk."""
+    cache = run(model, method=method)
+    never = cache.fork()
+    for i in range(5):
+        step(model, cache, prompt(1, seed=i))
+        if i < 3:
+            step(model, never, prompt(1, seed=i))
+    cache.crop(-2)
+    for each in (cache, never):
+        each.peak_rows = 0
+        step(model, each, prompt(40))
+    assert_same_rows(cache, never)
+    assert cache.peak_rows == never.peak_rows <= SMALL["budget"] + SMALL["chunk_size"]
+
+
+def test_a_crop_turns_back_the_clock_of_decode(model):
+    """An interval that passed with nothing to compact began anew; back before its end it is still running."""
+    cache = run(model, length=38, budget=46)
+    never = cache.fork()
+    for i in range(8):
+        step(model, cache, prompt(1, seed=i))
+        if i < 5:
+            step(model, never, prompt(1, seed=i))
+    cache.crop(-3)
+    for i in range(12):
+        for each in (cache, never):
+            step(model, each, prompt(1, seed=20 + i))
+        assert cache.pending == never.pending
+        assert_same_rows(cache, never)
+    assert cache.compactions == never.compactions > 0
+
+
+def test_nothing_is_kept_of_what_is_forgotten(model):
+    cache = run(model, batch=2)
+    assert not cache.tail.untyped_storage().nbytes()  # not even of the columns that may be cropped
+    cache.reset()
+    assert cache.nbytes == 0 and not any(hasattr(layer, "storage") for layer in cache.layers)

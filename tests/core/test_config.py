@@ -1,6 +1,8 @@
 """CompressionConfig: validated, round-trips, shipped files load."""
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import yaml
@@ -120,3 +122,20 @@ def test_ratio_floors_exactly():
 def test_byte_budget_below_the_minimum_says_what_it_is_in_rows():
     with pytest.raises(ValueError, match=r"is 0 rows per KV head here \(3 layers"):
         resolve_rows("5KB", None, 37, [100], CacheShape(3, 2, 100))
+
+
+def test_a_config_is_a_dataclass_to_everyone():
+    """``dataclasses.replace``, the method's settings as attributes, and hashing, with mappings too."""
+    config = CompressionConfig("asymkv", budget=128, head_budgets={"kind": "adaptive"})
+    other = dataclasses.replace(config, budget=64, curvature="output")
+    assert (other.budget, other.curvature, config.curvature) == (64, "output", "cardinality")
+    assert other == CompressionConfig("asymkv", budget=64, head_budgets={"kind": "adaptive"}, curvature="output")
+    assert dataclasses.replace(config, method="h2o").normalize is False
+    assert len({config, other, copy.deepcopy(config), pickle.loads(pickle.dumps(config))}) == 2
+    with pytest.raises(AttributeError, match="has no attribute 'normalize'"):
+        config.normalize  # noqa: B018
+
+
+def test_a_truth_value_is_no_ratio():
+    with pytest.raises(ValueError, match=r"in \(0, 1\]; found True"):
+        CompressionConfig("h2o", ratio=True)

@@ -1,5 +1,6 @@
 """The patch: reversible, visible, loud, and inert on caches that the user passes."""
 
+import copy
 import inspect
 
 import pytest
@@ -186,3 +187,55 @@ def test_nothing_is_written_to_the_model_config():
     with asymkv.replace_llama_asymkv(budget=40):
         model.generate(prompt(80), max_new_tokens=3)
     assert model.config.to_dict() == before
+
+
+def test_a_deep_copy_of_a_patched_instance_runs_on_its_own_weights():
+    model, ids = tiny_model(), prompt(60)
+    with asymkv.replace_llama_asymkv(model=model, budget=48):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for weight in other.parameters():
+                weight.mul_(0.5)
+            assert not torch.equal(other(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+            cache = DynamicCache()
+            assert torch.equal(other(ids, past_key_values=cache).logits, other(ids, use_cache=False).logits)
+            assert isinstance(other(ids).past_key_values, asymkv.CompressedCache)
+    fresh = tiny_model()
+    fresh.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        assert torch.equal(other(ids).logits, fresh(ids).logits)
+
+
+@pytest.mark.parametrize("by", ["class", "instance"])
+def test_a_subclass_that_hands_all_on_is_served(by):
+    base = get_adapter("llama").causal_lm_class()
+
+    class HandsOn(base):
+        def forward(self, *args, **more):
+            return super().forward(*args, **more)
+
+    model = HandsOn(tiny_model().config).eval()
+    with asymkv.replace_llama_asymkv(budget=48, **({"model": model} if by == "instance" else {})), torch.no_grad():
+        first, second = model(prompt(60)), model(input_ids=prompt(60), logits_to_keep=1)
+        assert first.past_key_values.max_rows() == second.past_key_values.max_rows() == 48
+        assert (first.logits.shape[1], second.logits.shape[1]) == (60, 1)
+
+
+@pytest.mark.parametrize(("family", "overrides"), [("mistral", {}), ("qwen2", {"use_sliding_window": True,
+                                                                               "max_window_layers": 1})])  # fmt: skip
+def test_a_sliding_window_is_served_up_to_its_end(family, overrides):
+    """Until then its attention is full attention; a row's own tokens count, not its padding."""
+    model, ids = tiny_model(family, sliding_window=64, **overrides), prompt(60, batch=2)
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0
+    ref = model.generate(ids, attention_mask=mask, max_new_tokens=7, do_sample=False)
+    with REPLACE[family](model=model, method="full"):
+        assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=7, do_sample=False), ref)
+    with REPLACE[family](model=model, budget=48):
+        with pytest.raises(ValueError, match="sliding_window=64 cannot be passed.*found a sequence of 65 tokens"):
+            model.generate(ids, max_new_tokens=6)
+        cache = model(ids).past_key_values
+        assert cache.max_rows() == 48
+        with pytest.raises(ValueError, match="a sequence of 65 tokens"):
+            model(prompt(5, batch=2), past_key_values=cache)
+        assert model(prompt(4, batch=2), past_key_values=cache).logits.isfinite().all()

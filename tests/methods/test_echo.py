@@ -163,3 +163,19 @@ def test_pairs_end_where_a_neighbour_goes():
             alone = counts[head] == 1
             neighbours = (positions[head].diff() == 1) & alone[1:] & alone[:-1]
             assert torch.equal(pair.isfinite(), pad(neighbours, (0, 1)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("action", ["drop", "merge", "both"])
+@pytest.mark.parametrize("chunk", [30, 200], ids=["first chunk", "prompt"])
+def test_a_chunk_that_is_all_prefix_is_not_repeated_and_goes_first(action, chunk):
+    """Where the prefix may go, its rows are judged before any replay has told what a merge costs."""
+    model, ids = tiny_model(), prompt(90)
+    settings = {"method": "echo", "budget": 22, "window_size": 1, "prefix": 40, "keep_prefix": False, **REQUEST}
+    with asymkv.replace("llama", model=model, action=action, chunk_size=chunk, **settings):
+        cache = model(ids[:, :35]).past_key_values
+        assert cache.stats()["rows"] <= 22 * 4
+        for t in range(35, 50):
+            assert model(ids[:, t : t + 1], past_key_values=cache).logits.isfinite().all()
+        model(ids[:, 50:], past_key_values=cache)
+    assert cache.tokens_seen.tolist() == [90]

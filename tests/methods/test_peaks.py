@@ -16,7 +16,7 @@ from contract_runs import (
     settings_of,
     sized,
 )
-from tiny_models import prompt
+from tiny_models import prompt, tiny_model
 
 import asymkv
 from asymkv import CompressedCache
@@ -59,3 +59,17 @@ def test_rows_never_exceed_budget_and_chunk(name, most):
         assert cache.peak_rows == -(-max(most) // CELLS)
     if cache.deferred:
         assert cache.peak_rows == max(most) / CELLS
+
+
+@pytest.mark.parametrize("setting", [
+    {"layer_budgets": {"kind": "pyramid", "beta": 20, "variant": "kvpress"}},
+    {"layer_budgets": {"kind": "pyramid", "beta": 20}},
+    {"head_budgets": {"kind": "headkv", "beta": 1, "file": [[9 - i] * 2 for i in range(8)]}},
+], ids=["pyramid, kvpress", "pyramid", "headkv"])  # fmt: skip
+def test_the_peak_may_lie_between_the_first_and_the_last_layer(setting, most):
+    """Upper layers shrink while lower ones grow: no layer's append alone tells the most of a forward."""
+    settings = {"method": "knorm", "budget": 64, "sink_size": 0, "window_size": 8, "chunk_size": 60, **setting}
+    model = tiny_model(num_hidden_layers=8)
+    with asymkv.replace("llama", model=model, **settings), torch.no_grad():
+        cache = model(prompt(300)).past_key_values
+    assert cache.peak_rows == -(-max(most) // (8 * 2))

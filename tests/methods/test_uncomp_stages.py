@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import asymkv
 from asymkv import CompressedCache, CompressionConfig, layer_stages
 from asymkv.analysis.hidden_entropy import measure_stages, stages_of
+from asymkv.compress import frozen_fork
 from asymkv.layer_stages import LayerStages, tokens_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -295,3 +296,15 @@ def test_bad_use():
         cache.layer_tokens = None
         with pytest.raises(ValueError, match="stages belong to a model"):
             model(ids, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_question_on_a_frozen_copy_is_not_narrowed():
+    model, ids = deep_model(), prompt(250)
+    with asymkv.replace("llama", model=model, **STAGED, budget=60, window_size=8):
+        cache = model(ids[:, :200]).past_key_values
+        frozen = frozen_fork(cache)
+        logits = model(ids[:, 200:], past_key_values=frozen).logits
+        for layer in range(LAYERS):
+            assert (frozen.num_rows(layer) - cache.num_rows(layer) == 50).all()
+    assert logits.isfinite().all()

@@ -157,3 +157,22 @@ def _in_fp64(layer):
     for name in ("keys", "values"):
         out.storage.columns[name] = out.storage.columns[name].double()
     return out
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_an_absent_row_is_absent_whatever_it_holds(poison):
+    q, k, v, n = make()
+    n[:, :, 3] = n[:, 1, 7] = 0
+    ref = lma_attention(q, k, v, n)
+    for row in (3, 7):
+        k[:, 1, row] = v[:, 1, row] = poison
+    for a, b in zip(ref, lma_attention(q, k, v, n), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_queries_and_no_batch_give_empty_results():
+    q, k, v, n = make()
+    assert [x.shape for x in lma_attention(q[:, :, :0], k, v, n)] == [(2, 4, 0, 16), (2, 4, 0)]
+    assert [x.shape for x in lma_attention(q[:0], k[:0], v[:0], n[:0])] == [(0, 4, 3, 16), (0, 4, 3)]
+    with pytest.raises(ValueError, match="query.*found"):
+        lma_attention(q[..., :8], k, v, n)
