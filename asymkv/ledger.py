@@ -235,7 +235,7 @@ class BudgetLedger:
                 extra = self._kept_on_top(row, between=now)
                 out[row] = Request(
                     rows[row] + extra, tokens[row] + extra, ratio if not extra else None, config.sink_size,
-                    config.window_size, self._seen_after(row, count),
+                    config.window_size, self._seen_after(row, count), extra,
                 )  # fmt: skip
         return out
 

@@ -24,7 +24,7 @@ from asymkv.layer import CompressedLayer
 from asymkv.models.adapter import FamilyAdapter
 from asymkv.ops import ragged_attention
 from asymkv.ops.sdpa import causal_attention, joined
-from asymkv.replay_scores import FAINTEST, SCORE, ReplayQueries, Scorer
+from asymkv.replay_scores import FAINTEST, KEPT, SCORE, ReplayQueries, Scorer
 from asymkv.step import Step
 
 if TYPE_CHECKING:
@@ -145,8 +145,9 @@ class Reconstruction:
         first = [max(s, at) for s in self.skip]
         last = [at + n for n in counts]
         shift = [n - e for n, e in zip(self.cache.layers[0].tokens, last, strict=True)]
-        if not method.keep_prefix:
-            self._give_up_prefix([min(s, n) if n else 0 for s, n in zip(self.skip, last, strict=True)], shift)
+        if any(self.skip):
+            until = [min(s, n) if n else 0 for s, n in zip(self.skip, last, strict=True)]
+            self._mark_prefix(until, shift, KEPT if method.keep_prefix else FAINTEST)
         longest = max((e - f for f, e in zip(first, last, strict=True)), default=0)
         for offset in range(0, longest, method.replay_chunk):
             begin = [min(f + offset, e) for f, e in zip(first, last, strict=True)]
@@ -165,15 +166,14 @@ class Reconstruction:
         asked, suffix = (self.ids.new_tensor(w) for w in (words, self.wording.suffix))
         return torch.cat((asked, before, suffix, self.ids[row, begin:end]))
 
-    def _give_up_prefix(self, until: list[int], shift: list[int]) -> None:
-        """Gives the prefix the lowest score, instead of none."""
+    def _mark_prefix(self, until: list[int], shift: list[int], score: float) -> None:
+        """Gives the prefix, which is never repeated, a score all the same."""
         for layer in self.cache.layers:
             layer.storage.add_column(SCORE, (), torch.float32)
             bound = torch.tensor([u + s if u else 0 for u, s in zip(until, shift, strict=True)],
                                  device=layer.storage.device)  # fmt: skip
-            score = layer.dense(SCORE)
             prefix = layer.dense("position") < bound[:, None, None]
-            layer.storage.write(SCORE, torch.where(prefix, FAINTEST, score).flatten(0, 1))
+            layer.storage.write(SCORE, torch.where(prefix, score, layer.dense(SCORE)).flatten(0, 1))
 
 
 def replay(

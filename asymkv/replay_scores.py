@@ -20,6 +20,7 @@ from asymkv.rope import Rope
 from asymkv.storage import RaggedStorage
 
 SCORE = "score"  # 0 = never judged
+KEPT = -1.0  # score of rows that always stay: a prefix
 PAIR = "pair"  # inf = there is no such pair any more
 SHARE = "share"  # 0 = unknown
 CURVATURE = "curvature"  # [D], before RoPE

@@ -29,6 +29,7 @@ class Request:
         sink_size: first rows that every head keeps.
         window_size: newest rows that every head keeps.
         seen: own tokens that are in by now, generated ones included.
+        generated: how many of ``rows`` are there for generated tokens, on top of a share of the prompt.
     """
 
     rows: int
@@ -37,6 +38,7 @@ class Request:
     sink_size: int
     window_size: int
     seen: int = 0
+    generated: int = 0
 
     @property
     def protected(self) -> int:

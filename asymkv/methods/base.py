@@ -38,7 +38,7 @@ class Method:
             a prompt's tokens than :meth:`layer_tokens` says: ``asymkv.narrowing``).
         compresses: False for the full cache.
         splits_budget: whether budgets may differ between heads and layers: what to lose is chosen by :meth:`judge`.
-        keeps_generated: whether generated rows are never judged and always stay, on top of a ratio of the prompt.
+        keeps_generated: whether generated rows are never judged and stay, on top of a ratio of the prompt.
         after_scoring: parameters that say what to do with stored scores, and nothing of how rows are scored.
     """
 

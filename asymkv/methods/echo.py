@@ -20,6 +20,7 @@ from asymkv.replay_scores import (
     CURVATURE,
     MERGED_WEIGHTS,
     PAIR,
+    SCORE,
     SHARE,
     Displacement,
     Scorer,
@@ -39,9 +40,9 @@ class Echo(KVzip):
 
     Rows that are stored never exceed budget and chunk on the average of the heads, and reading costs one more forward
     per chunk. A row is judged once, by the replay of its own chunk; its score stays with it. Generated tokens are never
-    judged: answers stay whole, on top of a ratio of the prompt, and beyond a budget that cannot hold them. What to do
-    with the cheapest rows is decided in one currency (:class:`asymkv.replay_scores.Displacement`). Takes KVzip's
-    arguments, and:
+    judged: they stay, on top of a ratio of the prompt, or in up to half of a budget in rows or bytes (then the oldest
+    of them go). What to do with the cheapest rows is decided in one currency
+    (:class:`asymkv.replay_scores.Displacement`). Takes KVzip's arguments, and:
 
     Args:
         over: what a probability is a share of: "stored" (everything that is stored and the replay) or "range" (KVzip's:
@@ -186,5 +187,6 @@ class Echo(KVzip):
 
 def _pairs(view: RowView) -> Tensor:
     """Costs of merging rows with their next ones; infinite where nothing was repeated yet (a prompt, all prefix)."""
-    found = view.statistics.get(PAIR)
-    return torch.full(view.valid.shape, torch.inf, device=view.valid.device) if found is None else found
+    if PAIR not in view.statistics:
+        return torch.full(view.valid.shape, torch.inf, device=view.valid.device)
+    return torch.where(view.statistics[SCORE] > 0, view.statistics[PAIR], torch.inf)

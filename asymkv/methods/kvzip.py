@@ -36,12 +36,12 @@ WORDINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class KVzip(Method):
-    """Keeps the rows that the model needs most to repeat its context, whatever will be asked; answers stay whole.
+    """Keeps the rows that the model needs most to repeat its context, whatever will be asked.
 
     Once the prompt is in, it is replayed in ranges (``asymkv.reconstruction``), which costs about as much as reading
     it again. A later turn is replayed by itself and compacted with the stored scores of older rows. Generated tokens
-    are never judged and always stay: a ratio is of prompt tokens, and they come on top of it; a budget in rows or bytes
-    has to hold them, at the context's cost.
+    are never judged: a ratio is of prompt tokens, and they come on top of it. A budget in rows or bytes holds them at
+    the context's cost, up to half of it; then the oldest of them go (``level="head"``: they stay).
 
     Args:
         level: "pair" (one threshold over all layers and heads), "pair_uniform" (every head keeps equally many),
@@ -204,17 +204,29 @@ class KVzip(Method):
         return RangeMaximum(anchor, self.plus)
 
     def judge(self, view: RowView) -> tuple[Tensor, Tensor]:
-        """The stored scores; rows that were never judged (prefix, generated tokens) cannot be given up."""
-        score = view.statistics[SCORE]
-        free = ~view.protected(self.sink_size, self.window_size) & (score > 0)
+        """The stored scores; rows that were never judged (generated tokens) stay, but for :meth:`_too_old`."""
+        score, open_rows = view.statistics[SCORE], ~view.protected(self.sink_size, self.window_size)
+        free = open_rows & (score > 0)
         if self.gate_share:
             both = score.clamp(min=FAINTEST).log().lerp(gate_scores(view).to(score), self.gate_share)
             # What goes first whatever it is worth (a prefix that is not kept) still does.
             score = torch.where(score > FAINTEST, both.exp().clamp(min=FAINTEST), score)
         if self.level == "head":
             view.evidence["judged"] = free
-            score = torch.where(free, score, 0).amax(-1, keepdim=True).expand_as(score)
-        return score, free
+            return torch.where(free, score, 0).amax(-1, keepdim=True).expand_as(score), free
+        old = self._too_old(view, open_rows)
+        return torch.where(old, FAINTEST, score), free | old
+
+    def _too_old(self, view: RowView, open_rows: Tensor) -> Tensor:
+        """``[B, H_kv, T]`` bool: generated rows beyond half of a budget in rows or bytes, the oldest ones.
+
+        A share of the prompt has room for all of them on top.
+        """
+        generated = open_rows & (view.statistics[SCORE] == 0)
+        on_top = torch.tensor([r.generated if r else 0 for r in view.requests], device=view.budget.device)[:, None]
+        kept = view.valid.sum(-1) - (open_rows & (view.statistics[SCORE] >= 0)).sum(-1)
+        room = on_top + (view.budget - on_top - kept).clamp(min=0) // 2
+        return generated & (generated.cumsum(-1) <= (generated.sum(-1) - room)[..., None])
 
     def carry_out(self, view: RowView, chosen: Tensor) -> CompactionPlan:
         """Drops the chosen rows; level "head": all judged rows of a head that would lose one."""
@@ -239,7 +251,7 @@ def head_scores(cache: CompressedCache) -> Tensor:
     best = []
     for layer in cache.layers:
         view = layer.view(cache.rope, 1.0)
-        best.append(torch.where(view.valid, view.statistics[SCORE], 0).amax((0, 2)).cpu())
+        best.append(torch.where(view.valid, view.statistics[SCORE], 0).clamp(min=0).amax((0, 2)).cpu())
     return torch.stack(best)
 
 

@@ -290,3 +290,26 @@ def test_a_prefix_that_fills_a_smaller_budget_is_refused_when_it_is_pruned_to():
     assert cache.prune(budget=40).max_rows() > 30
     with pytest.raises(ValueError, match="prefix=30 rows are always kept, and 20 rows"):
         cache.prune(budget=20)
+
+
+@pytest.mark.parametrize(("method", "settings"), [
+    ("kvzip", {}), ("kvzip", {"prefix": 6}), ("kvzip", {"level": "pair_uniform"}),
+    *(("echo", {"action": action, "chunk_size": 12, "window_size": 4}) for action in ("drop", "merge", "both")),
+], ids=str)  # fmt: skip
+def test_a_budget_in_rows_holds_however_long_the_answer(model, method, settings):
+    """Generated tokens take half of what is free at most; then the oldest of them go. A prefix stays."""
+    budget, every, given = 30, 5, {"sink_size": 2, **OPTIONS[method], **settings}
+    with asymkv.replace("llama", model=model, method=method, budget=budget, decode_interval=every, **given):
+        cache = model(prompt(20)).past_key_values
+        for i in range(70):
+            model(prompt(1, seed=i), past_key_values=cache)
+            assert cache.stats()["rows"] < 4 * (budget + every)
+        model(prompt(12), past_key_values=cache)
+    assert cache.stats()["rows"] == 4 * budget and cache.peak_rows <= budget + every + 12
+    first = settings.get("prefix", 2)
+    room = (budget - first - settings.get("window_size", 0)) // 2
+    room += settings.get("action") == "merge"  # one row stands for all that went
+    for layer in range(2):
+        for positions in cache.positions(layer)[0]:
+            assert positions[:first].tolist() == list(range(first))
+            assert [p for p in positions.tolist() if 20 <= p < 90] == list(range(90 - room, 90))
