@@ -149,12 +149,15 @@ def retention_table() -> str:
 
 
 def _measured(protocol: str) -> dict[tuple[str, str], dict[str, str]]:
-    """The rows of a protocol's ``results.csv`` by arm and ratio."""
-    path = ROOT / "benchmarks" / "results" / f"methods_{protocol}" / "results.csv"
-    if not path.exists():
-        return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        return {(row["arm"], row["ratio"]): row for row in csv.DictReader(file)}
+    """The rows of a protocol's ``results.csv`` by arm and ratio; what only a run in fp32 has, from there."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for folder in (f"methods_{protocol}", f"methods_{protocol}_float32"):
+        path = ROOT / "benchmarks" / "results" / folder / "results.csv"
+        if path.exists():
+            with path.open(encoding="utf-8", newline="") as file:
+                for row in csv.DictReader(file):
+                    found.setdefault((row["arm"], row["ratio"]), row)
+    return found
 
 
 def _most(arms: dict[tuple[str, str], dict[str, str]]) -> int:
