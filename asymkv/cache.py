@@ -286,9 +286,19 @@ class CompressedCache(BudgetLedger, Cache):
         self._select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the given rows of the batch."""
-        index = torch.as_tensor(indices)
-        self.reorder_cache(index.nonzero().squeeze(-1) if index.dtype == torch.bool else index)
+        """Keeps the given rows of the batch: indices, or bool ``[B]``.
+
+        Raises:
+            ValueError: for rows that the batch does not have; the cache stays as it was.
+        """
+        index, batch = torch.as_tensor(indices), len(self.prompt_tokens)
+        if index.dtype == torch.bool:
+            if batch and index.shape != (batch,):
+                raise ValueError(f"a bool mask of the rows must be [{batch}], found {list(index.shape)}")
+            index = index.nonzero().squeeze(-1)
+        if batch and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < batch:
+            raise ValueError(f"rows of a batch of {batch} are 0 to {batch - 1}; found {index.tolist()}")
+        self.reorder_cache(index)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row of the batch."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from asymkv.cache import CompressedCache
     from asymkv.layer import CompressedLayer
 
-FORMAT = "asymkv-cache-4"
+FORMAT = "asymkv-cache-5"
 MANIFEST = "cache.json"
 _STATE = ("prompt_tokens", "expected_prompt", "prompt_until", "pending", "compactions", "peak_rows", "peak_nbytes",
           "dialogue")  # fmt: skip

@@ -62,8 +62,8 @@ class AsymKV(Method):
             ("post_rope").
         merged_position: a merged row's position, of its "last" member or the "mean" by cardinality.
         upstream_compat: reproduce the released code: one pair set for all heads, overlapping pairs that drop rows,
-            cardinality cap 5, chunk-local loss, two forwards per chunk, no compaction in decode. Its sinks (32),
-            budget (2080), and positions from cumulative cardinality become the defaults.
+            cardinality cap 5, chunk-local loss, two forwards per chunk, no compaction in decode, no window. Its sinks
+            (32), budget (2080), and positions from cumulative cardinality become the defaults.
     """
 
     title: ClassVar[str] = "AsymKV, arXiv 2506.05410"
@@ -108,6 +108,9 @@ class AsymKV(Method):
         if self.upstream_compat and config.decode_interval:
             raise ValueError("upstream_compat=True never compacts in decode; decode_interval must be 0, "
                              f"found {config.decode_interval}")
+        if self.upstream_compat and config.window_size:
+            raise ValueError("upstream_compat=True knows no window: the newest chunk is left whole; window_size must "
+                             f"be 0, found {config.window_size}")
 
     def _check_merges(self, config: CompressionConfig) -> None:
         """Raises ValueError for ways to merge that do not go together."""

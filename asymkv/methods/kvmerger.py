@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from asymkv.budgets import PooledHeads, PooledLayers
 from asymkv.checks import check_choice, check_flag, check_number
 from asymkv.methods.base import Method
 from asymkv.methods.merging import TINY, take, wide
@@ -67,6 +68,10 @@ class KVMerger(Method):
         check_flag("count_bias", self.count_bias)
         if self.sigma is not None:
             check_number("sigma", self.sigma, TINY)
+        for name, split in (("head_budgets", config.head_split), ("layer_budgets", config.layer_split)):
+            if isinstance(split, (PooledHeads, PooledLayers)):
+                raise ValueError(f"{config.method}: heads protect rows of their own, so that no choice is common to "
+                                 f"them; {name} must not be 'pooled'")
         if self.count_bias and self.value_scale == "sum":
             raise ValueError("count_bias=True counts the members already; value_scale must be 'mean', found 'sum'")
 

@@ -132,6 +132,9 @@ def test_reorder_select_and_repeat(model):
     cache.reorder_cache(torch.tensor([2, 0, 0]))
     for row, source in enumerate([2, 0, 0]):
         assert_same_rows(alone, cache, row_a=source, row_b=row)
+    for rows, message in (([0, 3], r"0 to 2; found \[0, 3\]"), ([True], r"\[3\], found \[1\]")):
+        with pytest.raises(ValueError, match=message):
+            cache.batch_select_indices(torch.tensor(rows))
     cache.batch_select_indices(torch.tensor([False, True, True]))
     cache.batch_repeat_interleave(2)
     assert cache.num_rows(0).shape == (4, 2)

@@ -220,6 +220,8 @@ def test_neighbours_that_are_alike_merge_first():
     ({"sigma": 0}, "sigma must be a number >= 1e-06; found 0"),
     ({"count_bias": 0}, "count_bias must be True or False; found 0"),
     ({"count_bias": True, "value_scale": "sum"}, "value_scale must be 'mean', found 'sum'"),
+    ({"head_budgets": "pooled"}, "head_budgets must not be 'pooled'"),
+    ({"layer_budgets": "pooled"}, "layer_budgets must not be 'pooled'"),
 ], ids=str)  # fmt: skip
 def test_bad_options_are_named(settings, message):
     with pytest.raises(ValueError, match=message):

@@ -103,6 +103,8 @@ def test_defaults_are_the_released_codes():
     assert found == (32, 2080, 512, 0, "cardinality")
     with pytest.raises(ValueError, match="decode_interval must be 0"):
         asymkv.CompressionConfig(upstream_compat=True, decode_interval=7)
+    with pytest.raises(ValueError, match="window_size must be 0, found 32"):
+        asymkv.CompressionConfig(upstream_compat=True, window_size=32)
     assert asymkv.CompressionConfig.load("asymkv_upstream", ratio=0.5).budget is None
 
 
