@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import byte_tokenizer
+from byte_tokenizers import byte_tokenizer
 from filelock import FileLock
 from tiny_models import tiny_model
 

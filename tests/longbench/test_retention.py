@@ -16,7 +16,8 @@ COMPRESSING = {
     "h2o": {"method": "h2o"},
     "asymkv-output": {"method": "asymkv", "curvature": "output"},
     "asymkv-loss": {"method": "asymkv", "curvature": "loss"},
-    "asymkv-upstream": {"method": "asymkv", "upstream_compat": True, "sink_size": 4, "position_policy": "original"},
+    "asymkv-upstream": {"method": "asymkv", "upstream_compat": True, "sink_size": 4, "window_size": 0,
+                        "position_policy": "original"},
 }
 
 
