@@ -96,6 +96,7 @@ def settle_branches(cache: CompressedCache) -> None:
             for layer in cache.layers:
                 take_over(branch, layer)
             branch.peak_rows, branch.peak_nbytes = cache.peak_rows, cache.peak_nbytes
+            branch.forget_rows()
             compact_scored(branch, step)
         settle(branch, step)
         branch.compactions += step.compacted

@@ -277,6 +277,8 @@ class CompressedCache(BudgetLedger, Cache):
             if layer.ring is not None:
                 layer.ring.take_back((cut == GENERATED).sum(1).tolist())
         self.uncount(cut, left)
+        self.rope.follow(self.layers[0].tokens)
+        self.forget_rows()
         self.tail = left.clone()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -308,6 +310,9 @@ class CompressedCache(BudgetLedger, Cache):
         for name in ("prompt_tokens", "pending", "expected_prompt", "prompt_until"):
             setattr(self, name, [getattr(self, name)[r] for r in rows] if getattr(self, name) else [])
         self.tail = self.tail[rows] if self.prompt_tokens else self.tail
+        if self.rope.of_rows is not None:
+            self.rope.of_rows = self.rope.of_rows[rows]
+        self.forget_rows()
         self._bytes = [layer.nbytes for layer in self.layers]
         self._measure_bytes()
 
@@ -324,8 +329,10 @@ class CompressedCache(BudgetLedger, Cache):
         """An independent copy: ask many questions on one compressed context."""
         out = copy.copy(self)
         out.layers = [layer.fork() for layer in self.layers]
+        out.rope = copy.copy(self.rope)
         for name in ("prompt_tokens", "expected_prompt", "prompt_until", "pending", "_bytes"):
             setattr(out, name, list(getattr(self, name)))
+        out.forget_rows()
         return out
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:

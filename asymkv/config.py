@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,12 +92,16 @@ class CompressionConfig:
         **method_options: Any,
     ) -> None:
         from asymkv.methods import METHODS
+        from asymkv.methods.base import Method
 
         values = {k: v for k, v in locals().items() if k in _FIELDS}
         given = [k for k, v in values.items() if v is not None and not isinstance(v, (_Default, _DefaultName))]
         object.__setattr__(self, "_given", given)
         options = method_options.pop("options", None)  # as dataclasses.replace hands it over
         if options is not None:
+            if not isinstance(options, Method):
+                raise ValueError(f"options: give a method's own settings as keyword arguments of their own; found "
+                                 f"options={options!r}")
             same = type(options) is METHODS.get(method)
             method_options = {**(options.to_dict() if same else {}), **method_options}
         values["options"] = _make_method(method, method_options)
@@ -121,7 +124,7 @@ class CompressionConfig:
         return getattr(options, name)
 
     def __hash__(self) -> int:
-        return hash(json.dumps(self.to_dict(), sort_keys=True, default=str))
+        return hash((self.method, self.budget, self.ratio))
 
     def _validate(self) -> None:
         from asymkv.ops import BACKENDS

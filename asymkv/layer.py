@@ -212,6 +212,11 @@ class CompressedLayer(LayerBase):
             memory=self.memory,
         )
 
+    def rows_of_batch(self) -> list[int]:
+        """Rows that the heads of this layer hold together, per row of the batch."""
+        length, heads = self.storage.length, self.kv_heads
+        return [sum(length[begin : begin + heads]) for begin in range(0, len(length), heads)]
+
     def heads_of(self, row: int) -> list[int]:
         """Rows that each KV head of one row of the batch holds."""
         heads = self.kv_heads if self.is_initialized else 1

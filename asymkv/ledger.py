@@ -85,6 +85,12 @@ class BudgetLedger:
         self.pending: list[int] = []  # generated tokens since the last compaction
         self.generated: list[int] = []  # generated tokens up to the end of the forward that began last
         self._raised_reported = False
+        self.forget_rows()
+
+    def forget_rows(self) -> None:
+        """To be counted anew: layers changed otherwise than by a forward."""
+        self._held: list[list[int]] = []  # rows of each layer's heads together, per row of the batch
+        self._held_in_all: list[int] = []
 
     @property
     def deferred(self) -> bool:
@@ -103,15 +109,26 @@ class BudgetLedger:
         each other, once the last one has taken its rows in. 0 where no head, and so no mean, holds more than
         ``more_than``.
         """
-        shared = [layer]
+        heads = self.shape.kv_heads
         if self.layers_share:
-            waits = self.deferred and layer is not self.layers[-1]
-            shared = [] if waits else [each for each in self.layers if each.is_initialized]
-        if max((each.storage.width for each in shared), default=0) <= more_than:
+            held, heads = self._count_rows(layer), heads * len(self.layers)
+            if self.deferred and layer is not self.layers[-1]:
+                return 0
+        elif layer.storage.width > more_than:
+            held = layer.rows_of_batch()
+        else:
             return 0
-        heads = len(self.layers if self.layers_share else shared) * self.shape.kv_heads
-        held = (sum(sum(each.heads_of(row)) for each in shared) for row in range(layer.batch))
         return max(-(-rows // heads) for rows in held)
+
+    def _count_rows(self, layer: CompressedLayer) -> list[int]:
+        """Rows of all heads of all layers, per row of the batch, after one layer changed."""
+        if len(self._held_in_all) != layer.batch:
+            self._held = [each.rows_of_batch() if each.is_initialized else [0] * layer.batch for each in self.layers]
+            self._held_in_all = [sum(rows) for rows in zip(*self._held, strict=True)]
+        now, before = layer.rows_of_batch(), self._held[layer.index]
+        self._held[layer.index] = now
+        self._held_in_all = [n + a - b for n, a, b in zip(self._held_in_all, now, before, strict=True)]
+        return self._held_in_all
 
     def check_length(self, tokens: int) -> None:
         """See :func:`check_window`."""

@@ -102,6 +102,7 @@ class PatchHandle:
             unbound = getattr(original, "__func__", None)
             if unbound is None:  # a function that someone has put there
                 unbound = functools.wraps(original)(lambda _self, *args, **kwargs: original(*args, **kwargs))
+                del unbound.__wrapped__  # its signature has no self
             function = make(unbound)  # not the bound method: a deep copy of the model must run on its own weights
             wrapper = types.MethodType(functools.wraps(original)(function), target)
         setattr(wrapper if isinstance(target, type) else wrapper.__func__, _MARK, self)
@@ -146,7 +147,7 @@ class PatchHandle:
         def prepare(lm: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
             if not self.active:
                 return original(lm, *args, **kwargs)
-            generation, given, mode = generation_request(args, kwargs)
+            generation, given, mode, columns = generation_request(args, kwargs)
             cache = given.get("past_key_values")
             if cache is None and generation.use_cache is not False:
                 cache = self._cache_for_generation(lm, generation, mode)
@@ -156,8 +157,8 @@ class PatchHandle:
             else:
                 _check_mode(cache.config, mode)
                 original(lm, *args, **kwargs)
+            _check_length(cache, given, columns)
             _announce(cache, given)
-            _check_length(cache, given, generation.max_length)
             return None
 
         return prepare
@@ -188,11 +189,11 @@ def _check_mode(config: CompressionConfig, mode: Any) -> None:
                          "allowed: method='full'")
 
 
-def _check_length(cache: CompressedCache, given: dict[str, Any], columns: int | None) -> None:
+def _check_length(cache: CompressedCache, given: dict[str, Any], columns: int) -> None:
     """Refuses at once what would pass the model's sliding window on the way to so many columns."""
     mask = given.get("attention_mask")
     padding = 0 if mask is None else mask.shape[1] - int(mask.sum(1).max())
-    cache.check_length((columns or 0) - 1 - padding)  # the last token is not fed any more
+    cache.check_length(columns - padding)
 
 
 def _announce(cache: CompressedCache, given: dict[str, Any]) -> None:

@@ -121,7 +121,9 @@ def _batches(frequencies: Tensor, heads: int) -> Iterator[tuple[Tensor, slice]]:
     if frequencies.ndim == 1:
         yield frequencies, slice(None)
         return
-    each = heads // frequencies.shape[0]
+    each, rest = divmod(heads, frequencies.shape[0])
+    if rest:
+        raise RuntimeError(f"rotary frequencies of {frequencies.shape[0]} rows for {heads} heads")
     for row, own in enumerate(frequencies):
         yield own, slice(row * each, (row + 1) * each)
 

@@ -131,7 +131,8 @@ def parse(cache: CompressedCache, given: dict[str, Any]) -> Call:
 
     Raises:
         ValueError: for an empty prompt, another batch than the cache's, a mask that is not 2D or does not fit, foreign
-            positions, a row without a token, or a negative ``logits_to_keep``.
+            positions, a row without a token, a negative ``logits_to_keep`` or columns that are not there, labels of
+            another shape than the logits', or embeddings where the method predicts tokens.
     """
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     if (ids is None) == (embeds is None):
@@ -148,11 +149,27 @@ def parse(cache: CompressedCache, given: dict[str, Any]) -> Call:
         empty = [b for b, n in enumerate(layout.counts) if n == 0]
         raise ValueError(f"rows {empty} of the batch hold nothing but padding")
     _check_positions(cache, layout, given.get("position_ids"))
-    keep = given.get("logits_to_keep")
-    if isinstance(keep, int) and keep < 0:
-        raise ValueError(f"logits_to_keep must be >= 0 (0 = all) or a tensor of columns; found {keep}")
+    if ids is None and cache.config.options.needs & {"loss", "replay"} and any(cache.is_prompt(layout.counts)):
+        raise ValueError(f"method {cache.config.method!r} with these settings needs token ids to predict; found "
+                         "inputs_embeds")
     extra = {k: v for k, v in given.items() if k not in _OWN}
-    return Call(inputs, ids is None, layout, given.get("labels"), 0 if keep is None else keep, extra)
+    keep = _check_kept(given.get("logits_to_keep"), given.get("labels"), batch, columns)
+    return Call(inputs, ids is None, layout, given.get("labels"), keep, extra)
+
+
+def _check_kept(keep: int | Tensor | None, labels: Tensor | None, batch: int, columns: int) -> int | Tensor:
+    """``logits_to_keep``, 0 for all; refuses columns that are not there, and labels of another number of columns."""
+    if isinstance(keep, Tensor):
+        if keep.dtype != torch.bool and ((keep < -columns) | (keep >= columns)).any():
+            raise ValueError(f"logits_to_keep must name columns of {columns}; found {keep.tolist()}")
+        kept = torch.empty(columns, dtype=torch.bool)[keep.cpu()].numel()
+    elif keep is None or keep >= 0:
+        kept = min(keep or columns, columns)
+    else:
+        raise ValueError(f"logits_to_keep must be >= 0 (0 = all) or a tensor of columns; found {keep}")
+    if labels is not None and tuple(labels.shape) != (batch, kept):
+        raise ValueError(f"labels must be [{batch}, {kept}], one for each logit; found {list(labels.shape)}")
+    return 0 if keep is None else keep
 
 
 def _check_mode(lm: PreTrainedModel, cache: CompressedCache, given: dict[str, Any]) -> None:
@@ -224,6 +241,7 @@ def _decode_all(
         step = make_step(cache, counts, positions[:, begin:end], cut, prompt)
         step.hold = rebuild is not None and step.prompt
         for branch in cache.branches:
+            branch.rope.of_rows = cache.rope.of_rows
             branch.step = make_step(branch, counts, positions[:, begin:end], cut, branch.start_call(counts))
             branch.step.hold = step.hold
         out = _run_chunk(adapter, lm, cache, dataclasses.replace(call, layout=part), step, begin, end)
@@ -311,8 +329,6 @@ def _run_chunk(
             if narrower is not None:
                 out.last_hidden_state = narrower.widened(out.last_hidden_state)
         return out
-    if call.embedded:
-        raise ValueError("curvature='loss' needs token ids to predict; found inputs_embeds")
     ids = call.layout.take(call.inputs, begin, min(end + 1, max(call.layout.counts)))
     following = [max(n - begin, 0) for n in call.layout.counts]
     with curvature.frozen(lm):

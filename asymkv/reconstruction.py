@@ -189,7 +189,9 @@ def replay(
     """  # fmt: skip
     counts = [len(x) for x in inputs]
     ids = pad_sequence(inputs, batch_first=True)
+    stored = cache.rope.of_rows
     positions, tables = cache.next_positions(counts, ids.device, lm.dtype)
+    cache.rope.of_rows = stored  # a replay leaves nothing behind
     begin, end = torch.tensor(ranges, device=ids.device).unbind(1)
     step = Step(counts, positions, tables, [], [], [], prompt=True, store=False, replay=Replay(begin, end, scorer))
     cache.step = step

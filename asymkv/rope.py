@@ -40,7 +40,7 @@ class Rope:
         # Of a type that remembers lengths, a copy: rows of a batch are asked for one by one, and the model's own module
         # must not remember the last one's.
         self.rotary: Any = _detached(rotary) if self.rope_type in LENGTH_DEPENDENT_TYPES else rotary
-        self._of_rows: Tensor | None = None  # of such a type: each row's frequencies [B, D / 2] in the last tables
+        self.of_rows: Tensor | None = None  # of such a type: frequencies [B, D / 2] that each row's keys are turned by
 
     @property
     def device(self) -> torch.device:
@@ -66,11 +66,17 @@ class Rope:
             cos, sin = self.rotary(like, ids)
         elif per_row:
             parts = [self._fresh(like, row[None]) for row in ids]
-            cos, sin, self._of_rows = (torch.cat(each) for each in zip(*parts, strict=True))
+            cos, sin, self.of_rows = (torch.cat(each) for each in zip(*parts, strict=True))
         else:
             angle = self._angle(ids)
             cos, sin = ((x * self.rotary.attention_scaling).to(dtype) for x in (angle.cos(), angle.sin()))
         return cos.to(positions.device), sin.to(positions.device)
+
+    def follow(self, lengths: list[int]) -> None:
+        """Takes the frequencies of rows that have seen so many tokens, as after the tables of those tokens."""
+        if self.rope_type in LENGTH_DEPENDENT_TYPES and lengths:
+            last = torch.tensor(lengths, device=self.device)[:, None] - 1
+            self.tables(last.clamp(min=0), torch.float32)
 
     def _fresh(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tables and frequencies ``[1, D / 2]`` of a module that has seen nothing longer than ``positions [1, t]``:
@@ -88,7 +94,7 @@ class Rope:
 
         ``[size / 2]``; ``[B, size / 2]``, one for each row of the batch, where they depend on the length.
         """
-        found = self.rotary.inv_freq if self._of_rows is None else self._of_rows
+        found = self.rotary.inv_freq if self.of_rows is None else self.of_rows
         return found.to(device, torch.float32).contiguous()
 
     def _angle(self, positions: Tensor) -> Tensor:

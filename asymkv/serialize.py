@@ -103,6 +103,7 @@ def load(path: str | Path, model: PreTrainedModel) -> CompressedCache:
     for layer, saved_layer in zip(cache.layers, manifest["layers"], strict=True):
         _unpack(layer, saved_layer, tensors)
     cache._bytes = [layer.nbytes for layer in cache.layers]
+    cache.rope.follow(cache.layers[0].tokens)
     return cache
 
 

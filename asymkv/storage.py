@@ -73,9 +73,9 @@ class RaggedStorage:
     def nbytes(self) -> int:
         """Bytes of every buffer, spare rows, statistics and index tables included."""
         segments = [] if self._segments is None else [x for x in vars(self._segments).values() if isinstance(x, Tensor)]
-        tables = [self.table(name) for name in ("start", "length", "capacity")]  # made now if not yet: copies are equal
-        buffers = [*self.columns.values(), *tables, *segments]
-        return sum(b.untyped_storage().nbytes() for b in buffers)
+        buffers = sum(b.untyped_storage().nbytes() for b in (*self.columns.values(), *segments))
+        # The three tables, whether they are made yet or not: copies are equal, and counting makes none.
+        return buffers + 3 * 8 * self.heads
 
     def table(self, name: str) -> Tensor:
         """``start``, ``length`` or ``capacity`` as int64 ``[N]`` on the device."""

@@ -235,7 +235,7 @@ def score_rows(model: PreTrainedModel, tokenizer: Any, passage: Passage, recipe:
         view = layer.view(cache.rope, 1.0)
         keys.append(view.unrotate(view.keys)[0][:, kept].bfloat16().cpu())
         values.append(view.values[0][:, kept].bfloat16().cpu())
-        scores.append(view.statistics["score"][0][:, kept].float().cpu())
+        scores.append(view.statistics["score"][0][:, kept].clamp(min=0).float().cpu())  # 0 = what is always kept
     return {"positions": kept, "keys": torch.stack(keys), "values": torch.stack(values), "scores": torch.stack(scores)}
 
 

@@ -52,11 +52,13 @@ class LayerBase(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
 
-def generation_request(args: tuple, kwargs: dict) -> tuple[Any, dict, Any]:
-    """``(generation_config, model_kwargs, generation_mode)`` of ``_prepare_cache_for_generation``'s arguments."""
-    names = ("generation_config", "model_kwargs", "generation_mode")
+def generation_request(args: tuple, kwargs: dict) -> tuple[Any, dict, Any, int]:
+    """``(generation_config, model_kwargs, generation_mode, max_cache_length)``: what
+    ``_prepare_cache_for_generation`` was given.
+    """
+    names = ("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length")
     values = [kwargs[n] if n in kwargs else args[i] for i, n in enumerate(names)]
-    return values[0], values[1], values[2]
+    return values[0], values[1], values[2], values[4]
 
 
 def bind_forward(original: Any, module: Any, args: tuple, kwargs: dict) -> dict[str, Any]:

@@ -134,6 +134,9 @@ def test_a_config_is_a_dataclass_to_everyone():
     assert len({config, other, copy.deepcopy(config), pickle.loads(pickle.dumps(config))}) == 2
     with pytest.raises(AttributeError, match="has no attribute 'normalize'"):
         config.normalize  # noqa: B018
+    assert len({CompressionConfig("snapkv", ratio=1), CompressionConfig("snapkv", ratio=1.0)}) == 1
+    with pytest.raises(ValueError, match="as keyword arguments of their own; found options={'kernel_size': 3}"):
+        CompressionConfig("snapkv", options={"kernel_size": 3})
 
 
 def test_a_truth_value_is_no_ratio():

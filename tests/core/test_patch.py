@@ -1,6 +1,7 @@
 """The patch: reversible, visible, loud, and inert on caches that the user passes."""
 
 import copy
+import functools
 import inspect
 
 import pytest
@@ -239,3 +240,15 @@ def test_a_sliding_window_is_served_up_to_its_end(family, overrides):
         with pytest.raises(ValueError, match="a sequence of 65 tokens"):
             model(prompt(5, batch=2), past_key_values=cache)
         assert model(prompt(4, batch=2), past_key_values=cache).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("wrap", [
+    functools.partial, lambda f: functools.wraps(f)(lambda *args, **kwargs: f(*args, **kwargs)),
+    lambda f: torch.compile(f, backend="eager", disable=True),
+], ids=["partial", "wraps", "compile"])  # fmt: skip
+def test_an_instance_whose_forward_was_replaced_is_served(wrap):
+    model = tiny_model()
+    model.forward = wrap(model.forward)
+    with asymkv.replace_llama_asymkv(budget=48, model=model), torch.no_grad():
+        assert model(prompt(60)).past_key_values.max_rows() == 48
+        assert model(input_ids=prompt(60), logits_to_keep=1).logits.shape[1] == 1

@@ -70,7 +70,10 @@ def test_what_generate_announced_goes_with_its_refusal(model):
     ({"position_ids": torch.arange(60, 63).expand(3, 3)}, r"position_ids must be of shape \(2, 3\).*found \(3, 3\)"),
     ({"position_ids": torch.arange(60, 63).expand(3, 2, 3)}, "position_ids must be of shape"),
     ({"logits_to_keep": -1}, "logits_to_keep must be >= 0.*found -1"),
-], ids=["batch", "position_ids", "position_ids of three axes", "logits_to_keep"])  # fmt: skip
+    ({"logits_to_keep": torch.tensor([0, 3])}, r"logits_to_keep must name columns of 3; found \[0, 3\]"),
+    ({"labels": prompt(2, batch=2)}, r"labels must be \[2, 3\].*found \[2, 2\]"),
+    ({"labels": prompt(3, batch=2), "logits_to_keep": 2}, r"labels must be \[2, 2\].*found \[2, 3\]"),
+], ids=["batch", "position_ids", "position_ids of three axes", "logits_to_keep", "columns", "labels", "labels kept"])
 def test_misfits_name_what_they_found_and_leave_the_cache(model, given, error):
     with asymkv.replace("llama", model=model, method="h2o", budget=40, window_size=8):
         cache = model(prompt(60, batch=2)).past_key_values
@@ -78,6 +81,7 @@ def test_misfits_name_what_they_found_and_leave_the_cache(model, given, error):
         with pytest.raises(ValueError, match=error):
             model(**{"input_ids": prompt(3, batch=2), "past_key_values": cache, **given})
         assert_same_rows(cache, before)
+        assert cache.tokens_seen.tolist() == [60, 60] and cache.get_seq_length() == 60
         assert torch.equal(
             model(prompt(3, batch=2), past_key_values=cache).logits,
             model(prompt(3, batch=2), past_key_values=before).logits,
@@ -96,3 +100,30 @@ def test_append_names_shapes_that_do_not_fit(model, change, error):
     given = {"keys": torch.zeros(1, 2, 3, 16), "values": torch.zeros(1, 2, 3, 16), **change}
     with pytest.raises(ValueError, match=error):
         layer.append(given.pop("keys"), given.pop("values"), **given)
+
+
+def test_embeddings_are_refused_before_anything_is_stored(model):
+    """AsymKV's loss curvature predicts tokens."""
+    with asymkv.replace("llama", model=model, method="asymkv", curvature="loss", budget=40, window_size=8):
+        cache = model(prompt(60)).past_key_values
+        with pytest.raises(ValueError, match="needs token ids to predict; found inputs_embeds"):
+            model(inputs_embeds=model.model.embed_tokens(prompt(9)), past_key_values=cache)
+        assert cache.tokens_seen.tolist() == [60]
+        assert model(prompt(9), past_key_values=cache).logits.isfinite().all()
+
+
+def test_a_length_that_is_refused_is_not_announced():
+    """And embeddings count, which transformers leaves out of max_length."""
+    model = tiny_model("mistral", sliding_window=64)
+    with asymkv.replace("mistral", model=model, method="h2o", budget=40, window_size=8):
+        cache = model(prompt(20)).past_key_values
+        with pytest.raises(ValueError, match="a sequence of"):
+            model.generate(prompt(30), past_key_values=cache, max_new_tokens=500)
+        model(prompt(1), past_key_values=cache)
+        assert cache.prompt_tokens == [20]
+        calls = []
+        hook = model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+        with pytest.raises(ValueError, match="found a sequence of 89 tokens"):
+            model.generate(inputs_embeds=model.model.embed_tokens(prompt(50)), max_new_tokens=40)
+        hook.remove()
+        assert not calls

@@ -73,3 +73,40 @@ def test_the_peak_may_lie_between_the_first_and_the_last_layer(setting, most):
     with asymkv.replace("llama", model=model, **settings), torch.no_grad():
         cache = model(prompt(300)).past_key_values
     assert cache.peak_rows == -(-max(most) // (8 * 2))
+
+
+@pytest.mark.parametrize("layer_budgets", ["pyramid", "global"])
+def test_rows_that_layers_share_are_counted_anew(layer_budgets):
+    """After a compaction, and after whatever changes layers without a forward; a fork counts for itself."""
+    model = tiny_model(num_hidden_layers=4)
+    settings = {"method": "knorm", "budget": 64, "window_size": 8, "decode_interval": 4, "layer_budgets": layer_budgets}
+
+    def check(cache):
+        model(prompt(1, batch=len(cache.prompt_tokens)), past_key_values=cache)
+        held = [sum(sum(layer.heads_of(row)) for layer in cache.layers) for row in range(len(cache.prompt_tokens))]
+        assert cache.rows_that_share(cache.layers[-1], 0) == -(-max(held) // (4 * 2))
+
+    with asymkv.replace("llama", model=model, **settings), torch.no_grad():
+        cache = model(prompt(300, batch=3)).past_key_values
+        for _ in range(6):
+            check(cache)
+        fork = cache.fork()
+        for change in (lambda: cache.crop(-1), lambda: cache.batch_select_indices(torch.tensor([2, 0])),
+                       lambda: cache.batch_repeat_interleave(2), lambda: None):  # fmt: skip
+            change()
+            check(cache)
+        check(fork)
+
+
+def test_counting_bytes_makes_no_table():
+    """A table is a copy to the device, once a layer and token."""
+    model = tiny_model()
+    with asymkv.replace("llama", model=model, method="h2o", budget=64, window_size=8, backend="reference"):
+        cache = model(prompt(100)).past_key_values
+    storage = cache.layers[0].storage
+    storage._tables.clear()
+    before = storage.nbytes
+    assert not storage._tables
+    for name in ("start", "length", "capacity"):
+        assert storage.table(name).untyped_storage().nbytes() == 8 * storage.heads
+    assert storage.nbytes == before
