@@ -89,6 +89,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--write-sample", type=Path, metavar="FILE", help="choose a standing sample from --data-dir")
     add("--half", choices=HALVES, help="of --write-sample: contexts of one half; --sample's rows count as reported")
     add("--rows-per-task", type=positive, default=ROWS_PER_TASK, help="of --write-sample")
+    add("--min-length", type=positive, default=1, help="of --write-sample: shortest context in tokens")
     add(peers.WORKER_FLAG, action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.out is None and args.write_sample is None:
@@ -110,7 +111,7 @@ def write_sample(args: argparse.Namespace, spec: models.ModelSpec) -> None:
     reported = read_sample(args.sample).tasks.values() if args.sample else ()
     table = select_standing_sample(
         args.data_dir, count_tokens, tasks=tasks, rows_per_task=args.rows_per_task, max_prompt_tokens=longest,
-        half=args.half, reported={row_id for ids in reported for row_id in ids},
+        min_prompt_tokens=args.min_length, half=args.half, reported={row_id for ids in reported for row_id in ids},
     )  # fmt: skip
     table = {"tokenizer": spec.name, **table}
     write_atomic(args.write_sample, json.dumps(table, indent=2) + "\n")

@@ -51,6 +51,7 @@ def select_standing_sample(
     tasks: Sequence[str] = STANDING_TASKS,
     rows_per_task: int = ROWS_PER_TASK,
     max_prompt_tokens: int = MAX_PROMPT_TOKENS,
+    min_prompt_tokens: int = 0,
     half: str | None = None,
     reported: Collection[str] = (),
 ) -> dict[str, Any]:
@@ -67,6 +68,7 @@ def select_standing_sample(
         tasks: the tasks, in the file's order.
         rows_per_task: rows of each.
         max_prompt_tokens: longest prompt when the sample is run.
+        min_prompt_tokens: only contexts of at least so many tokens.
         half: only contexts of this half of the data, "tune" or "report"; None = all.
         reported: ids of rows whose contexts belong to the report half whatever the rule says.
 
@@ -79,9 +81,11 @@ def select_standing_sample(
         fixed = {row["context"] for row in rows if row["_id"] in reported}
         wanted = [row for row in rows if half in (None, half_of(row["context"], fixed))]
         sized = [(count_tokens(row["context"]), row) for row in _one_per_context(wanted)]
+        sized = [pair for pair in sized if pair[0] >= min_prompt_tokens]
         sized.sort(key=lambda pair: (pair[0], pair[1]["_id"]))
         if len(sized) < rows_per_task:
-            raise ValueError(f"{task} has {len(sized)} different contexts, {rows_per_task} rows are wanted")
+            least = f" of at least {min_prompt_tokens} tokens" if min_prompt_tokens else ""
+            raise ValueError(f"{task} has {len(sized)} different contexts{least}, {rows_per_task} rows are wanted")
         fitting = [pair for pair in sized if pair[0] <= max_prompt_tokens]
         pool = fitting if len(fitting) >= rows_per_task else sized[:rows_per_task]
         chosen[task] = [row["_id"] for row in _spread([row for _, row in pool], rows_per_task)]

@@ -109,6 +109,11 @@ def test_standing_sample_spreads_depth_and_takes_one_row_per_context(tmp_path):
     )["tasks"]
     assert chosen["needle"] == ["0.1-10", "0.5-20", "0.9-10"]
     assert chosen["qa"] == ["t1", "t5", "t6"]
+    longer = {"tasks": ("needle",), "max_prompt_tokens": 1000, "min_prompt_tokens": 21}
+    chosen = sample.select_standing_sample(tmp_path, len, rows_per_task=3, **longer)["tasks"]
+    assert chosen["needle"] == ["0.1-20", "0.5-900", "0.9-20"], "a context is its x and the three of its depth"
+    with pytest.raises(ValueError, match="needle has 3 different contexts of at least 500 tokens, 4 rows are wanted"):
+        sample.select_standing_sample(tmp_path, len, rows_per_task=4, **{**longer, "min_prompt_tokens": 500})
 
 
 def test_halves_share_no_context_and_reported_ones_are_never_tuned_on(tmp_path):
