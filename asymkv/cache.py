@@ -186,6 +186,12 @@ class CompressedCache(BudgetLedger, Cache):
         }
 
     @property
+    def max_cache_len(self) -> int:
+        """Asked for by PEFT where it is about to put a cache of its own, the full one, in this one's place."""
+        raise AttributeError("a compressed cache has no max_cache_len. PEFT's prefix tuning asks for it, to run on a "
+                             "cache of its own; allowed: LoRA, prompt tuning, or restore() the patch")
+
+    @property
     def is_croppable(self) -> bool:
         """Whether every past state can be restored: only if nothing was ever compacted away."""
         return not self.config.options.compresses

@@ -266,6 +266,26 @@ def test_an_instance_patch_keeps_the_signature_that_trainer_and_peft_read(family
         assert inspect.signature(model.forward) == stock and "input_ids" in stock.parameters
 
 
+def test_prompt_tuning_generates_on_the_patch():
+    peft = pytest.importorskip("peft")
+    model, ids = tiny_model(), prompt(40)
+    tuned = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    stock = tuned.generate(input_ids=ids, max_new_tokens=8, eos_token_id=None)
+    with asymkv.replace_llama_asymkv(model=model, method="full") as patch:
+        assert torch.equal(tuned.generate(input_ids=ids, max_new_tokens=8, eos_token_id=None), stock)
+        cache = patch.new_cache(model)
+        tuned.generate(input_ids=ids, max_new_tokens=8, eos_token_id=None, past_key_values=cache)
+    assert cache.tokens_seen.tolist() == [4 + 40 + 7]
+
+
+def test_prefix_tuning_which_brings_a_cache_of_its_own_is_refused():
+    peft = pytest.importorskip("peft")
+    model = tiny_model()
+    tuned = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with asymkv.replace_llama_asymkv(model=model), pytest.raises(AttributeError, match="PEFT's prefix tuning"):
+        tuned.generate(input_ids=prompt(40), max_new_tokens=8)
+
+
 @pytest.mark.parametrize("dump", [pickle.dumps, lambda model: torch.save(model, io.BytesIO())], ids=["pickle", "save"])
 def test_a_model_patched_alone_is_not_pickled_into_one_that_is_not(dump):
     model = tiny_model()
