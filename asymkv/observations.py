@@ -17,12 +17,17 @@ from torch import Tensor
 
 from asymkv.ops import rows as row_ops
 from asymkv.rope import Rope
+from asymkv.upload import upload
 from asymkv.view import RowView
 
-BLOCK_ELEMENTS = 1 << 19  # logits in memory at a time: 2 MiB in fp32, the size of a core's cache
 # A pair's weight stays away from 0 and 1, so that a long run of pairs cannot hang on one of its members.
 WEIGHT_RANGE = (0.02, 0.98)
 QUERY_WINDOW = 32  # queries remembered in decode, where the method does not ask for more
+
+
+def block_elements(device: torch.device) -> int:
+    """Logits in memory at a time: on a CPU 2 MiB in fp32, the size of a core's cache; a GPU needs more to be busy."""
+    return 1 << 19 if device.type == "cpu" else 1 << 24
 
 
 def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -68,8 +73,8 @@ class QueryRing:
             self.queries[:, :, slots[0]] = query[:, :, 0]
             self.positions[:, slots[0]] = positions[:, 0]
         else:
-            rows = [row for row, count in enumerate(counts) if count]
-            at = [slots[row] for row in rows]
+            taken = [[row, slots[row]] for row, count in enumerate(counts) if count]
+            rows, at = upload(taken, query.device).view(-1, 2).unbind(1)
             self.queries[rows, :, at] = query[rows, :, 0].to(self.queries.dtype)
             self.positions[rows, at] = positions[rows, 0]
         self.cursor = [n + c for n, c in zip(self.cursor, counts, strict=True)]
@@ -123,7 +128,7 @@ class QueryBlocks:
         self.absent = None if bool(view.valid.all()) else ~view.valid.reshape(self.heads, 1, rows)
         self.positions = view.positions.reshape(self.heads, rows)
         per_query = batch * view.queries.shape[1] * rows
-        self.size = max(1, min(view.queries.shape[2], BLOCK_ELEMENTS // max(per_query, 1)))
+        self.size = max(1, min(view.queries.shape[2], block_elements(view.keys.device) // max(per_query, 1)))
 
     def __iter__(self) -> Iterator[QueryBlock]:
         queries, positions, lse = self.view.queries, self.view.query_positions, self.view.query_lse
@@ -140,8 +145,10 @@ class QueryBlocks:
     def _block(self, q: Tensor, at: Tensor, lse: Tensor | None) -> QueryBlock:
         logits = torch.bmm(q * self.view.scale, self.keys.transpose(1, 2))
         seen = at.masked_fill(at < 0, torch.iinfo(torch.int64).max).amin()
-        # Rows lie by ascending position: all before this column are seen by every query of the block.
-        first = int((self.positions <= seen).sum(1).amin()) if self.absent is None else 0
+        # Rows lie by ascending position: all before this column are seen by every query of the block. On a GPU, to ask
+        # is to wait.
+        asked = self.absent is None and not at.is_cuda
+        first = int((self.positions <= seen).sum(1).amin()) if asked else 0
         weights = logits.clone()
         tail = weights[..., first:]
         later = self.positions[:, None, first:] > at[..., None]

@@ -83,7 +83,7 @@ def measure_text(model: PreTrainedModel, arm: SuiteArm, ids: Tensor, decode_step
     """
     accelerator = None if model.device.type == "cpu" else torch.get_device_module(model.device)
     if accelerator is not None:
-        accelerator.reset_peak_memory_stats()
+        accelerator.reset_peak_memory_stats(model.device)
     with asymkv.replace(model.config.model_type, arm.config, model=model):
         losses, cache, seconds = stream(model, ids, arm.stride)
         if not bool(losses.isfinite().all()):
@@ -95,7 +95,7 @@ def measure_text(model: PreTrainedModel, arm: SuiteArm, ids: Tensor, decode_step
         rate = decode_rate(model, cache, ids[:, -1:].to(model.device), steps) if steps else None
     found |= {"seconds": seconds, "tokens_per_second": losses.numel() / seconds, "decode_tokens_per_second": rate}
     if accelerator is not None:
-        found["device_peak_bytes"] = accelerator.max_memory_allocated()
+        found["device_peak_bytes"] = accelerator.max_memory_allocated(model.device)
     sums = losses.double().sum(1).tolist()
     return [{"nll_sum": nll, "scored_tokens": losses.shape[1], **found} for nll in sums]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import statistics
 import time
@@ -117,7 +118,7 @@ def decode(model: nn.Module, cache: Any, token: Tensor, steps: int) -> Tensor:
 
 def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds of ``work``, the device's queue emptied before and after, and its result."""
-    sync = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
+    sync = functools.partial(torch.accelerator.synchronize, device) if device.type != "cpu" else lambda: None
     sync()
     started = time.perf_counter()
     result = work()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from asymkv.methods.merging import leaving_rows, take, wide
-from asymkv.observations import BLOCK_ELEMENTS
+from asymkv.observations import block_elements
 from asymkv.view import RowView, lowest
 
 # Column of every row: tokens folded into it (0 = an exact token), and their mean position.
@@ -50,7 +50,7 @@ def nearest(points: Tensor, centers: Tensor, present: Tensor) -> tuple[Tensor, T
         ``[B, H_kv, E]`` each; inf and 0 where no centroid is present.
     """
     points, centers = wide(points), wide(centers)
-    size = max(1, BLOCK_ELEMENTS // max(present.numel(), 1))
+    size = max(1, block_elements(points.device) // max(present.numel(), 1))
     norm, own = centers.square().sum(-1), points.square().sum(-1)
     length = norm.masked_fill(~present, torch.inf)[:, :, None]
     largest = torch.where(present, norm, 0).amax(-1, keepdim=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from asymkv.observations import BLOCK_ELEMENTS
+from asymkv.observations import block_elements
 from asymkv.view import RowView
 
 MERGED_KEYS = ("pre_rope", "post_rope")
@@ -53,7 +53,7 @@ def nearest_row(keys: Tensor, index: Tensor, allowed: Tensor) -> tuple[Tensor, T
         to the lower position.
     """
     unit = torch.nn.functional.normalize(wide(keys), dim=-1, eps=TINY)
-    size = max(1, BLOCK_ELEMENTS // allowed.numel())
+    size = max(1, block_elements(keys.device) // allowed.numel())
     best = []
     for block in index.split(size, dim=-1):
         cosine = take(unit, block) @ unit.transpose(-1, -2)

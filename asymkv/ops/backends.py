@@ -116,8 +116,8 @@ def resolve_backend(
     sizes = widths or [(head_dim, head_dim)]
     found = os.environ.get("ASYMKV_BACKEND", "auto") if name == "auto" else name
     if found == "auto":
-        if device.type == "cpu":
-            extension.warn_if_missing()
+        if device.type in extension.ADVICE:
+            extension.warn_if_missing(device.type)
         return next(n for n in AUTO[device.type == "cuda"] if BACKENDS[n].lacks(device, sizes, dtype) is None)
     if found not in BACKENDS:
         raise ValueError(f"unknown backend {found!r}; allowed: {['auto', *BACKENDS]}")
@@ -240,7 +240,7 @@ def _flash(p: Problem) -> tuple[Tensor, Tensor]:
     if p.differentiable or p.only_own_tokens or (p.positions is not None and p.counts is None):
         return _sdpa(p)
     columns, several = p.rows.columns, p.query.shape[2] > 1
-    varlen = _varlen()
+    varlen = _varlen(p.query.dtype)
     assert varlen is not None
     return flash.attend(
         p.query, columns["keys"], columns["values"], p.rows.segments(), p.counts if several else None, p.scale, varlen
@@ -272,6 +272,8 @@ def _triton_missing(device: torch.device, head_dim: int, dtype: torch.dtype) -> 
         return why
     if head_dim not in triton_launch.DIMS:
         return f"the head size must be one of {sorted(triton_launch.DIMS)}; it is {head_dim}"
+    if device.type != "cuda" and not triton_launch.interpreted():
+        return f"it is for CUDA, and the cache is on {device.type}"
     return "it computes in fp32, and the cache is fp64" if dtype == torch.float64 else None
 
 
@@ -280,7 +282,9 @@ def _flash_missing(device: torch.device, head_dim: int, dtype: torch.dtype) -> s
         return f"FlashAttention is for CUDA, and the cache is on {device.type}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"FlashAttention takes float16 and bfloat16; the cache is {dtype}"
-    return "no FlashAttention could be imported" if _varlen() is None else None
+    if not fits(head_dim):
+        return f"the head size must be a multiple of 8, at most 256; it is {head_dim}"
+    return "no FlashAttention could be imported" if _varlen(dtype) is None else None
 
 
 BACKENDS = {

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from asymkv.ops import checks, triton_statistics
 
-ADVICE = (
-    "asymkv runs without its C++ extension: appends, compactions and decode attention on the CPU are slower. Build it "
-    "with: pip install --no-build-isolation -e . (needs a C++ compiler)"
-)
+ADVICE = {
+    "cpu": "asymkv runs without its C++ extension: appends, compactions and decode attention on the CPU are slower. "
+           "Build it with: pip install --no-build-isolation -e . (needs a C++ compiler)",
+    "cuda": "asymkv runs without its CUDA extension: appends and compactions on the GPU are slower. Build it with: pip "
+            "install --no-build-isolation -e . (needs nvcc, CUDA's compiler)",
+}  # fmt: skip
 
 
 # As csrc/ops.cpp has them, for where the extension is not built.
@@ -79,10 +81,10 @@ def serves(device: torch.device) -> bool:
 
 
 @functools.cache
-def warn_if_missing() -> None:
-    """Says once that the library runs without compiled code."""
-    if not loaded():
-        warnings.warn(ADVICE, RuntimeWarning, stacklevel=3)
+def warn_if_missing(kind: str) -> None:
+    """Says once for a kind of device, "cpu" or "cuda", that the library runs there without compiled code."""
+    if not serves(torch.device(kind)):
+        warnings.warn(ADVICE[kind], RuntimeWarning, stacklevel=3)
 
 
 def _register_fakes() -> None:

@@ -16,6 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from asymkv.upload import upload
+
+MAX_SEQUENCES = 65_535  # of a call: FlashAttention's grid has one in y for each
+
 
 class Varlen(Protocol):
     """Attention of many sequences in one call; the internal form of every FlashAttention."""
@@ -52,11 +56,15 @@ class Varlen(Protocol):
         """
 
 
-def find_varlen() -> Varlen | None:
-    """The first FlashAttention that can be called here: flash-attn, fa3-fwd, the one inside CUDA builds of PyTorch."""
+def find_varlen(dtype: torch.dtype = torch.bfloat16) -> Varlen | None:
+    """The first FlashAttention that can be called here on a dtype, fp16 or bf16.
+
+    flash-attn, fa3-fwd (bf16 only), the one inside CUDA builds of PyTorch.
+    """
     if not torch.cuda.is_available():
         return None
-    for wrap in (_flash_attn, _fa3, _builtin):
+    wraps = (_flash_attn, _fa3, _builtin) if dtype == torch.bfloat16 else (_flash_attn, _builtin)
+    for wrap in wraps:
         found = wrap()
         if found is not None:
             return found
@@ -89,8 +97,6 @@ def _fa3() -> Varlen | None:
         query: Tensor, keys: Tensor, values: Tensor, cu_q: Tensor, start_k: Tensor, used_k: Tensor,
         max_q: int, max_k: int, scale: float, causal: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        if query.dtype != torch.bfloat16:
-            raise ValueError(f"fa3-fwd serves torch.bfloat16 only; found {query.dtype}")
         # num_splits 0 = its own heuristic; its default of 1 leaves SMs idle in decode.
         out, lse, *_ = high(query, keys, values, cu_q, start_k, max_q, max_k, seqused_k=used_k, softmax_scale=scale,
                             causal=causal, num_splits=0 if max_q == 1 else 1, return_attn_probs=True)
@@ -177,13 +183,7 @@ class Segments:
         if len(set(counts)) == 1:
             self.used.index_add_(0, self.last, torch.full_like(self.last, counts[0], dtype=torch.int32))
         else:
-            self.used.index_add_(0, self.last, _upload(counts, self.used.device))
-
-
-def _upload(numbers: list[int], device: torch.device) -> Tensor:
-    """int32 on the device, without waiting for it."""
-    table = torch.tensor(numbers, dtype=torch.int32)
-    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+            self.used.index_add_(0, self.last, upload(counts, self.used.device, torch.int32))
 
 
 def build_segments(cardinality: Tensor, start: list[int], length: list[int], device: torch.device) -> Segments:
@@ -215,16 +215,18 @@ def build_segments(cardinality: Tensor, start: list[int], length: list[int], dev
         merged = max([merged, *sizes[:-1]])
         last.append(len(table) - 1)
     heads, starts, used, n = (list(column) for column in zip(*table, strict=True)) if table else ([], [], [], [])
-    return Segments(
-        head=torch.tensor(heads, dtype=torch.int64, device=device),
-        start=torch.tensor([*starts, cardinality.shape[0]], dtype=torch.int32, device=device),
-        used=torch.tensor(used, dtype=torch.int32, device=device),
-        log_n=torch.tensor([math.log(x) for x in n], dtype=torch.float32, device=device),
-        last=torch.tensor(last, dtype=torch.int64, device=device),
-        cu_q=torch.arange(len(table) + 1, dtype=torch.int32, device=device),
-        host_last=[used[i] for i in last],
-        host_merged=merged,
-    )
+    # Normal tensors even under inference_mode: steps outside it write to the lengths.
+    with torch.inference_mode(False):
+        return Segments(
+            head=torch.tensor(heads, dtype=torch.int64, device=device),
+            start=torch.tensor([*starts, cardinality.shape[0]], dtype=torch.int32, device=device),
+            used=torch.tensor(used, dtype=torch.int32, device=device),
+            log_n=torch.tensor([math.log(x) for x in n], dtype=torch.float32, device=device),
+            last=torch.tensor(last, dtype=torch.int64, device=device),
+            cu_q=torch.arange(len(table) + 1, dtype=torch.int32, device=device),
+            host_last=[used[i] for i in last],
+            host_merged=merged,
+        )
 
 
 def attend(
@@ -271,12 +273,11 @@ def attend(
     used, own = segments.used, None
     if counts_new is not None and queries > 1:
         kv_heads = segments.heads // batch
-        new = _upload([c for c in counts_new for _ in range(kv_heads)], query.device)
+        new = upload([c for c in counts_new for _ in range(kv_heads)], query.device, torch.int32)
         used = used.index_add(0, segments.last, -new)
         own = _own_tokens(rows, flat, segments, new, scale, varlen)
     parts = rows[segments.head].flatten(0, 1)  # [S * Q, G, D]
-    cu_q = segments.cu_q if queries == 1 else segments.cu_q * queries
-    out, lse = varlen(parts, *flat, cu_q, segments.start, used, queries, segments.max_rows, scale, False)
+    out, lse = _whole_segments(parts, flat, segments, used, scale, varlen)
     found = _blank(out.unflatten(0, (-1, queries)), lse.unflatten(1, (-1, queries)), (used > 0)[:, None])
     index, bias = segments.head, segments.log_n
     if own is not None:
@@ -286,6 +287,26 @@ def attend(
     out, lse = merge(found[0], found[1] + bias[:, None, None], index, segments.heads)
     out = out.to(query.dtype).transpose(1, 2).reshape(batch, heads, queries, dim)
     return out, lse.transpose(1, 2).reshape(batch, heads, queries)
+
+
+def _whole_segments(
+    parts: Tensor, flat: tuple[Tensor, Tensor], segments: Segments, used: Tensor, scale: float, varlen: Varlen
+) -> tuple[Tensor, Tensor]:
+    """Each of ``parts [S * Q, G, D]`` over all rows of its segment: ``out [S * Q, G, D]`` and ``lse [G, S * Q]``."""
+    count = used.shape[0]
+    queries = parts.shape[0] // max(count, 1)
+    cu_q = segments.cu_q if queries == 1 else segments.cu_q * queries
+    found = []
+    for first in range(0, count, MAX_SEQUENCES):
+        end = min(first + MAX_SEQUENCES, count)
+        found.append(varlen(
+            parts[first * queries : end * queries], *flat, cu_q[: end - first + 1], segments.start[first : end + 1],
+            used[first:end], queries, segments.max_rows, scale, False,
+        ))  # fmt: skip
+    if len(found) == 1:
+        return found[0]
+    outs, lses = zip(*found, strict=True)
+    return torch.cat(outs), torch.cat(lses, dim=1)
 
 
 def _own_tokens(

@@ -32,7 +32,9 @@ def biased_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, 
     out, lse = _kernel(q, k, v, bias, scale)
     out, lse = out.reshape(batch, heads, queries, dim), lse.reshape(batch, heads, queries)
     # A query that sees nothing is 0/0 in the kernels; the contract says 0 and -inf. Whoever sees row 0 sees something.
-    if bool(torch.isneginf(bias[..., 0]).any()) and bool((unseen := torch.isneginf(bias).all(-1)).any()):
+    # On a GPU to look is to wait for it, and the mask costs little.
+    unseen = torch.isneginf(bias).all(-1) if query.is_cuda or bool(torch.isneginf(bias[..., 0]).any()) else None
+    if unseen is not None and (query.is_cuda or bool(unseen.any())):
         blank = unseen.view(batch, kv_heads, 1, -1).expand(-1, -1, group, queries).reshape(batch, heads, queries)
         out = out.masked_fill(blank[..., None], 0)
         lse = lse.masked_fill(blank, -torch.inf)
@@ -68,9 +70,10 @@ def joined(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor)
 def _one_width(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     """The tensors with zeros behind the narrower of keys and values, and the values' own size: kernels want one width.
 
-    A copy, but only where they differ.
+    On CUDA a multiple of 8, which the fused kernels are built for. A copy, but only where the width is another.
     """
     width = max(keys.shape[-1], values.shape[-1])
+    width += -width % 8 if query.is_cuda else 0
 
     def padded(x: Tensor) -> Tensor:
         return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
@@ -97,11 +100,20 @@ def _kernel(
             q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale
         )
         return out, lse
+    dtype = q.dtype
+    if bias is not None and _rounds(bias, dtype):
+        q, k, v = q.float(), k.float(), v.float()
     mask = None if bias is None else _aligned(bias.to(q.dtype)).expand(shape)
     out, lse, *_ = aten._scaled_dot_product_efficient_attention(
         q, k, v, mask, True, 0.0, is_causal, scale=scale
     )
-    return out, lse[..., : q.shape[2]]
+    return out.to(dtype), lse[..., : q.shape[2]]
+
+
+def _rounds(bias: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a mask of a dtype, which is what the memory-efficient kernel takes, would change the bias: log n of 4 to
+    8 in bf16 is off by up to 1.6 % of a row's weight."""
+    return dtype in (torch.float16, torch.bfloat16) and not torch.equal(bias.to(dtype).to(bias.dtype), bias)
 
 
 def _aligned(bias: Tensor) -> Tensor:

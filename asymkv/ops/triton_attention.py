@@ -31,6 +31,8 @@ MAX_SPLITS = 64  # the merging kernel holds all parts of a query in registers
 MIN_SPLIT_ROWS = 128  # below, starting a program costs more than its rows
 GOOD_SPLIT_ROWS = 512  # smaller programs than needed even out ragged heads; down to here they cost nothing
 INTERPRETER_SPLITS = 3
+WAVES = 8  # programs beyond these waves even out nothing more
+SCRATCH_BYTES = 1 << 26  # of the parts of a call in fp32, which grow with its queries, whatever its rows
 
 
 class Tile(NamedTuple):
@@ -67,8 +69,8 @@ def choose_tile(rows: int, dim: int, dtype: torch.dtype) -> Tile:
 def choose_splits(programs: int, max_rows: int, slots: int) -> int:
     """Splits of the rows of a head, from host numbers only.
 
-    The fewest that fill the processors nearly as well as any number does, then doubled while splits stay long: equal
-    waves of programs, and heads of unequal length even out.
+    The fewest that fill the processors nearly as well as any number does, then doubled while splits stay long and waves
+    are few: equal waves of programs, and heads of unequal length even out.
 
     Args:
         programs: heads times query tiles.
@@ -82,9 +84,14 @@ def choose_splits(programs: int, max_rows: int, slots: int) -> int:
 
     best = max(filled(s) for s in range(1, most + 1))
     splits = next(s for s in range(1, most + 1) if filled(s) >= 0.9 * best)
-    while 2 * splits <= most and 2 * splits * GOOD_SPLIT_ROWS <= max_rows:
+    while 2 * splits <= most and 2 * splits * GOOD_SPLIT_ROWS <= max_rows and 2 * splits * programs <= WAVES * slots:
         splits *= 2
     return splits
+
+
+def most_splits(elements: int) -> int:
+    """Splits whose parts of ``elements`` output numbers each fit into the scratch memory; at least one."""
+    return max(1, SCRATCH_BYTES // (4 * max(elements, 1)))
 
 
 @functools.cache
@@ -138,6 +145,7 @@ def attend(
             tile = choose_tile(rows, dim, query.dtype)
             programs = start.shape[0] * blocks(rows, tile.block_m)
             splits = choose_splits(programs, max_rows, tile.resident * processors(query.device))
+            splits = min(splits, most_splits(query.numel()))
     if not 1 <= splits <= MAX_SPLITS:
         raise ValueError(f"splits must be from 1 to {MAX_SPLITS}; found {splits}")
     out = torch.empty_like(query, memory_format=torch.contiguous_format)

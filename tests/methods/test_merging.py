@@ -145,7 +145,7 @@ def test_leaving_rows_are_listed_by_position():
 
 @pytest.mark.parametrize("elements", [1, 40, 1 << 19])
 def test_nearest_row_is_the_brute_force_one_whatever_the_block(monkeypatch, elements):
-    monkeypatch.setattr(merging, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(merging, "block_elements", lambda device: elements)
     _, view = make_view(20, 2, batch=2)
     index = torch.randint(20, (2, 2, 7))
     allowed = torch.rand(2, 2, 20) < 0.5

@@ -60,6 +60,16 @@ def test_an_extension_that_is_not_built_is_no_news(tmp_path, monkeypatch):
     assert not extension._load()
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_device_that_compiled_code_does_not_serve_is_named_once(kind, monkeypatch):
+    monkeypatch.setattr(extension, "serves", lambda device: False)
+    extension.warn_if_missing.cache_clear()
+    with pytest.warns(RuntimeWarning, match={"cpu": r"C\+\+ extension", "cuda": "CUDA extension"}[kind]) as found:
+        extension.warn_if_missing(kind)
+        extension.warn_if_missing(kind)
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("name", SUMS)
 def test_column_sums_have_a_kernel_for_each_device(name):
     assert kernel(name, "CUDA") and kernel(name, "CPU") == extension.loaded()

@@ -97,6 +97,24 @@ def test_decode_in_every_head_dimension(dim, varlen, device):
     check(attention64(x), found, torch.bfloat16)
 
 
+@pytest.mark.parametrize("most", [1, 3])
+def test_more_segments_than_a_grid_takes_are_attended_in_parts(most, varlen, device, monkeypatch):
+    dtype = torch.float32 if varlen is plain_varlen else torch.bfloat16
+    x = in_class_order(make_ragged([5, 0, 30, 9], 64, dtype, most=5, device=device))
+    segments = segments_of(x)
+    assert len(segments.head) > most
+    monkeypatch.setattr(flash, "MAX_SEQUENCES", most)
+    check(attention64(x), flash.attend(x.query, x.keys, x.values, segments, None, x.scale, varlen), dtype)
+
+
+def test_segments_made_in_inference_mode_grow_outside_it():
+    n = torch.tensor([2, 1, 1, 0])
+    with torch.inference_mode():
+        segments = flash.build_segments(n.clone(), [0], [3], torch.device("cpu"))
+    segments.grow([1])
+    assert segments.used.tolist() == [1, 3]
+
+
 @each_dtype
 def test_finite_for_logits_of_ten_thousand(dtype, varlen, device):
     if varlen is not plain_varlen and dtype == torch.float32:

@@ -1,5 +1,7 @@
 """Laws of Locally Merged Attention, for the public dense op and every backend."""
 
+import math
+
 import pytest
 import torch
 from tiny_models import assert_close, assert_lse, tiny_model
@@ -100,6 +102,36 @@ def test_dense_form_matches_fp64_reference(attend, dtype, rtol, queries):
     assert_close("out", ref, out, rtol)
     assert_lse(ref_lse, lse, max(rtol / 10, 1e-13))
     assert torch.isneginf(lse[0, 2:]).all() and (out[0, 2:] == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 2e-5), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("dim", [14, 64, 80])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_sdpa_on_a_gpu_matches_fp64_in_any_width(dtype, rtol, dim, queries):
+    """Log n must not be rounded to the queries' dtype, nor a width refused that the kernel is not built for."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    q, k, v, n = make(queries=queries, rows=133, dim=dim)
+    n[0, 1] = 0
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    ref, ref_lse = lma_attention(q.double(), k.double(), v.double(), n)
+    out, lse = sdpa.biased_attention(*(x.cuda() for x in (q, k, v, n.float().log()[:, :, None])), dim**-0.5)
+    assert out.dtype == dtype
+    assert_close("out", ref, out.cpu(), rtol)
+    assert_lse(ref_lse, lse.cpu(), rtol / 10)
+    assert torch.isneginf(lse[0, 2:]).all() and (out[0, 2:] == 0).all()
+    own = sdpa.causal_attention(*(x.cuda() for x in (q, k[:, :, :queries], v[:, :, :queries])), dim**-0.5)
+    want = lma_attention(q.double(), k[:, :, :queries].double(), v[:, :, :queries].double(),
+                         torch.ones_like(n[:, :, :queries]), causal_tail=queries)  # fmt: skip
+    assert_close("causal", want[0], own[0].cpu(), rtol)
+
+
+def test_a_mask_in_half_precision_is_taken_only_where_it_is_exact():
+    marks = torch.tensor([[0.0, -torch.inf]])
+    for dtype in (torch.bfloat16, torch.float16):
+        assert not sdpa._rounds(marks, dtype) and sdpa._rounds(marks + math.log(5), dtype)
+    assert not sdpa._rounds(marks + math.log(5), torch.float32)
 
 
 def test_bad_shapes_are_named():

@@ -21,6 +21,9 @@ def target(request):
     if request.param == "cuda_on_cpu":
         request.getfixturevalue("cuda_on_cpu")
         return torch.ops.asymkv_cuda_on_cpu, "cpu"
+    if request.param == "cuda" and not extension.serves(torch.device("cuda")):
+        required = os.environ.get("ASYMKV_REQUIRE_EXT") == "1"
+        (pytest.fail if required else pytest.skip)("the extension was built without CUDA, or there is no device")
     return torch.ops.asymkv, request.param
 
 
