@@ -38,10 +38,11 @@ WORDINGS = {
 class KVzip(Method):
     """Keeps the rows that the model needs most to repeat its context, whatever will be asked.
 
-    Once the prompt is in, it is replayed in ranges (``asymkv.reconstruction``), which costs 1.5 to 2.5 times as much
-    as reading it. A later turn is replayed by itself and compacted with the stored scores of older rows. Generated
-    tokens are never judged: a ratio is of prompt tokens, and they come on top of it. A budget in rows or bytes holds
-    them at the context's cost, up to half of it; then the oldest of them go (``level="head"``: they stay).
+    Once the prompt is in, it is replayed in ranges (``asymkv.reconstruction``), which costs as much as reading it or
+    more (``docs/results.md`` has times). A later turn is replayed by itself and compacted with the stored scores of
+    older rows. Generated tokens are never judged: a ratio is of prompt tokens, and they come on top of it. A budget in
+    rows or bytes holds them at the context's cost, up to half of it; then the oldest of them go (``level="head"``: they
+    stay).
 
     Args:
         level: "pair" (one threshold over all layers and heads), "pair_uniform" (every head keeps equally many),

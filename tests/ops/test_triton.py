@@ -204,10 +204,8 @@ def mass_of(x):
 def test_mass_and_curvature_match_fp64(dim, dtype, device):
     x, p = make_queries(dim, dtype, device=device)
     assert_close("mass", p.sum(2), mass_of(x), 2e-6)
-    # Tensor cores truncate what they add up; the interpreter computes in fp32.
-    rtol = 1e-5 if device.type == "cuda" and dtype != torch.float32 else 2e-6
     for name, ref, found in zip(("square", "product"), curvature64(x, p), key_curvature(**x), strict=True):
-        assert_close(name, ref, found.cpu(), rtol)
+        assert_close(name, ref, found.cpu(), 2e-6)
 
 
 def test_many_blocks_of_queries_and_rows(device):
