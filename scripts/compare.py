@@ -17,7 +17,6 @@ import hashlib
 import json
 import logging
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from asymkv.arguments import DTYPES, names, positive
 from asymkv.files import write_atomic
 from asymkv.longbench.conditions import commit, device_name
 from asymkv.longbench.jsonl import read_object
+from asymkv.longbench.measure import Clock
 from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
 from asymkv.methods import METHODS
 from asymkv.texts import read_text
@@ -90,19 +90,13 @@ def answer(
     args: argparse.Namespace, name: str, model: PreTrainedModel, tokenizer: Any, context: str, config: Any
 ) -> Answer:
     """One method's answer."""
-
-    def seconds() -> float:
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
-        return time.perf_counter()
-
     kwargs: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
-    began = seconds()
+    clock = Clock(model)
     if args.protocol == "context":
         cache = asymkv.compress(model, tokenizer, context, config)
-        stats, prefilled = cache.stats(), seconds()
+        stats, prefill = cache.stats(), clock.lap()
         text = asymkv.ask(model, tokenizer, cache, args.question, **kwargs)
-        return Answer(name, text, stats["kept_ratio"], stats["nbytes"], prefilled - began, seconds() - began)
+        return Answer(name, text, stats["kept_ratio"], stats["nbytes"], prefill, prefill + clock.lap())
     prompt = f"{context}\n\n{args.question}"
     if tokenizer.chat_template:
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
@@ -111,10 +105,10 @@ def answer(
     ids = ids.to(model.device)
     with asymkv.replace(model.config.model_type, config, model=model), torch.no_grad():
         first = model(ids, logits_to_keep=1)
-        stats, prefilled = first.past_key_values.stats(), seconds()
+        stats, prefill = first.past_key_values.stats(), clock.lap()
         out = model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)  # type: ignore[operator]
     text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
-    return Answer(name, text, stats["kept_ratio"], stats["nbytes"], prefilled - began, seconds() - prefilled)
+    return Answer(name, text, stats["kept_ratio"], stats["nbytes"], prefill, clock.lap())
 
 
 def plain(config: asymkv.CompressionConfig) -> dict[str, Any]:

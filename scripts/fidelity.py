@@ -172,14 +172,17 @@ def measure_cells(
     )  # fmt: skip
     ranks = runner.Ranks(args.shard.index, args.shard.count, torch.device(args.device))
     run.folder.claim(settings, {**runner.conditions(inputs.subject, ranks), **conditions})
-    for task, row in tqdm(inputs.rows, desc="rows", disable=not inputs.rows):
-        for name in run.run_row(inputs.tasks[task], row, cells):
-            peers.stop_if_orphaned()
-            tqdm.write(f"{task} {row['_id'][:8]} {name}", file=sys.stderr)
-    for window in tqdm(inputs.windows, desc="texts", disable=not inputs.windows):
-        for name in run.run_window(window, cells):
-            peers.stop_if_orphaned()
-            tqdm.write(f"{window.text} {window.index} {name}", file=sys.stderr)
+    try:
+        for task, row in tqdm(inputs.rows, desc="rows", disable=not inputs.rows):
+            for name in run.run_row(inputs.tasks[task], row, cells):
+                peers.stop_if_orphaned()
+                tqdm.write(f"{task} {row['_id'][:8]} {name}", file=sys.stderr)
+        for window in tqdm(inputs.windows, desc="texts", disable=not inputs.windows):
+            for name in run.run_window(window, cells):
+                peers.stop_if_orphaned()
+                tqdm.write(f"{window.text} {window.index} {name}", file=sys.stderr)
+    finally:
+        run.folder.release()
     return run.refused
 
 

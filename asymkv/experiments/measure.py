@@ -14,6 +14,7 @@ from asymkv.cache import CompressedCache
 from asymkv.experiments.arms import SuiteArm
 from asymkv.longbench.arms import StoredTooMuchError, allowed_rows, full_cache_bytes
 from asymkv.longbench.jsonl import NotFiniteError
+from asymkv.longbench.memory import synchronize
 from asymkv.models import get_adapter
 
 WARMUP_STEPS = 2
@@ -129,9 +130,3 @@ def held(cache: CompressedCache, model: PreTrainedModel, shape: torch.Size) -> R
         "compactions": stats["compactions"],
         "backend": stats["backend"],
     }
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for an accelerator's queue."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

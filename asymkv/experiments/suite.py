@@ -101,8 +101,11 @@ def run_suite(options: Options, plan: Plan) -> dict[str, Any]:
             that can be measured.
     """
     suite = Suite(options, plan)
-    for checkpoint in dict.fromkeys(arm.checkpoint for arm in suite.plan.arms):
-        suite.run(checkpoint, [arm for arm in suite.plan.arms if arm.checkpoint == checkpoint])
+    try:
+        for checkpoint in dict.fromkeys(arm.checkpoint for arm in suite.plan.arms):
+            suite.run(checkpoint, [arm for arm in suite.plan.arms if arm.checkpoint == checkpoint])
+    finally:
+        suite.folder.release()
     return suite.results()
 
 

@@ -14,7 +14,7 @@ from asymkv.checks import check_integer
 from asymkv.longbench import retention
 from asymkv.longbench.arms import BaseArm, named_refusal
 from asymkv.longbench.data import Row, Task
-from asymkv.longbench.memory import DeviceMemory, HostMemory
+from asymkv.longbench.memory import DeviceMemory, HostMemory, synchronize
 from asymkv.longbench.models import ModelSpec, devices_of, input_device
 from asymkv.longbench.prompts import Prompt, answer_ids, build_prompt
 
@@ -127,13 +127,12 @@ class Clock:
     """Wall time between laps, with the queues of the model's devices emptied."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.devices = [device for device in devices_of(model) if device.type != "cpu"]
+        self.devices = tuple(devices_of(model))
         self.lap()
 
     def lap(self) -> float:
         """Seconds since the last lap."""
-        for device in self.devices:
-            torch.accelerator.synchronize(device)
+        synchronize(*self.devices)
         now = time.perf_counter()
         elapsed, self.last = now - getattr(self, "last", now), now
         return elapsed

@@ -1,4 +1,4 @@
-"""Peak memory of this process and of the accelerators, from a point in time on."""
+"""Peak memory of this process and of the accelerators from a point in time on, and the end of what they have queued."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ from typing import Any
 import torch
 
 Result = dict[str, Any]
+
+
+def synchronize(*devices: torch.device) -> None:
+    """Waits until accelerators have done all that was queued on them."""
+    for device in devices:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
 
 
 class HostMemory:

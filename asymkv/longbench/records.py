@@ -72,15 +72,16 @@ class RecordFolder:
         self.records_path = self.folder / f"records-{label}.jsonl"
         self.run_path = self.folder / f"run-{label}.json"
 
-    def claim(self, settings: Record, conditions: Record, *, exclusive: bool = False) -> None:
+    def claim(self, settings: Record, conditions: Record) -> None:
         """Writes this process's ``run-<shard>.json`` and cuts a half-written last line off its records.
+
+        The shard's files are this process's until :meth:`release` or its end.
 
         Args:
             settings: what the numbers depend on. Every entry that the folder already has must be equal; a None says
                 nothing, and the mapping under ``arms`` is compared arm by arm, so that arms may be added later, by an
                 experiment of another name too.
             conditions: of this session (machine, versions, date); added to those of earlier ones, not compared.
-            exclusive: hold the shard's file until :meth:`release` or the end of this process.
 
         Raises:
             ValueError: if the folder holds results of other settings (names them), or if another process holds what
@@ -88,9 +89,8 @@ class RecordFolder:
         """
         self.refuse_other(settings)
         settings = _untold(merged_settings(self.runs()), settings)
-        if exclusive:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock()
         sessions: list[Record] = []
         if self.run_path.exists():
             earlier = read_object(self.run_path)

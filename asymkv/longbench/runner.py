@@ -118,7 +118,7 @@ def run(
     try:
         for name, arm in own.items():
             refuse_mixture(Path(out_dir), run_settings(arm, work, subject))
-            stores[name].claim(run_settings(arm, work, subject), conditions(subject, ranks), exclusive=True)
+            stores[name].claim(run_settings(arm, work, subject), conditions(subject, ranks))
         # Every refusal of settings comes before the first row of any arm is measured.
         wait_for_all(ranks)
         for name, arm in own.items():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import statistics
 import time
@@ -25,7 +24,7 @@ from asymkv import CompressionConfig
 from asymkv.longbench import models, runner
 from asymkv.longbench.conditions import cpu_name
 from asymkv.longbench.measure import Subject
-from asymkv.longbench.memory import DeviceMemory, HostMemory
+from asymkv.longbench.memory import DeviceMemory, HostMemory, synchronize
 from asymkv.longbench.retention import Prefix
 
 STOCK = "stock"
@@ -118,11 +117,10 @@ def decode(model: nn.Module, cache: Any, token: Tensor, steps: int) -> Tensor:
 
 def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds of ``work``, the device's queue emptied before and after, and its result."""
-    sync = functools.partial(torch.accelerator.synchronize, device) if device.type != "cpu" else lambda: None
-    sync()
+    synchronize(device)
     started = time.perf_counter()
     result = work()
-    sync()
+    synchronize(device)
     return time.perf_counter() - started, result
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from longbench_files import other_process
 from tiny_models import tiny_model
 
 import asymkv
@@ -210,6 +211,12 @@ def test_a_run_goes_on_where_it_stopped_and_reports_all(tiny_folder, text_file, 
     assert results["skipped"] == {"4,096 tokens": "beyond the model's window of 2,048"}
     assert "find_retrieval_heads" in results["refused"]["razor"]
     before = len(calls)
+    records = tmp_path / "records" / "records-0of1.jsonl"
+    with other_process(records) as process:
+        assert process.stdout.readline() == "held\n"  # the run that is over holds it no more
+        with pytest.raises(ValueError, match="records-0of1.jsonl is being written by another process"):
+            run_suite(options, plan)
+        process.kill()
     assert run_suite(options, plan)["records"] == results["records"] and calls[before:] == [("razor", 128)]
     page = report.write_report(tmp_path, results).read_text()
     for part in ("| h2o |", "Ablation: budget", "| budget=48 |", "What each part brings", "| normalised |",

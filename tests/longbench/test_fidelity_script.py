@@ -2,31 +2,22 @@
 
 import csv
 import dataclasses
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import yaml
+from longbench_files import load_script, other_process
 
 from asymkv.longbench import fidelity, fidelity_report, needle_plot, peers, sample
 from asymkv.longbench.arms import StoredTooMuchError
 from asymkv.longbench.fidelity_experiment import join_experiments, load_experiment
 from asymkv.longbench.records import RecordFolder
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "fidelity.py"
 ARMS = [
     {"name": "full", "method": "full"},
     {"name": "window", "method": "streaming_llm"},
     {"name": "merge", "method": "asymkv", "compare": ["window"]},
 ]
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("fidelity_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def needle_row(index):
@@ -65,7 +56,7 @@ def folder(tmp_path_factory, tiny_folder):
 def run(folder, out, *extra):
     base = ["--experiment", str(folder / "tiny.yaml"), "--data-dir", str(folder), "--out", str(out)]
     base += ["--model", str(folder / "model"), "--max-length", "900", "--no-chat-template", "--dtype", "float32"]
-    load_script().main([*base, *extra])
+    load_script("fidelity").main([*base, *extra])
 
 
 def read_records(out):
@@ -150,6 +141,20 @@ def test_two_shards_make_one_run(folder, finished, tmp_path):
     whole = {key: nll for key, nll in values(finished).items() if key[0] == "row"}
     assert values(tmp_path) == whole
     assert len(json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["sessions"]) == 2
+
+
+def test_a_shard_that_is_being_measured_is_refused_and_another_is_not(folder, tmp_path):
+    with other_process(tmp_path / "records-0of2.jsonl") as process:
+        assert process.stdout.readline() == "held\n"
+        for shard in ("0/2", "0/1"):
+            with pytest.raises(ValueError, match="records-0of2.jsonl is being written by another process"):
+                run(folder, tmp_path, "--shard", shard)
+        assert not read_records(tmp_path)
+        run(folder, tmp_path, "--shard", "1/2")
+        process.kill()
+    with other_process(tmp_path / "records-1of2.jsonl") as process:  # whose run is over
+        assert process.stdout.readline() == "held\n"
+        process.kill()
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 from urllib.error import URLError
 
 import pytest
-from longbench_files import write_rows
+from longbench_files import other_process, write_rows
 
 from asymkv.longbench import data, models
 from asymkv.longbench.jsonl import NotFiniteError
@@ -188,37 +186,21 @@ def test_a_line_that_a_kill_cut_is_cut_off_and_whole_lines_stay(tmp_path: Path) 
     assert folder.done() == {1, 2}
 
 
-LOCK = """
-import fcntl, sys
-file = open(sys.argv[1], "ab")
-fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
-def other_process(path: Path) -> subprocess.Popen:
-    """Locks a file as a rank does, and holds it until it is killed."""
-    command = [sys.executable, "-c", LOCK, str(path)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-
-
 def test_a_rank_that_still_runs_keeps_others_from_measuring_its_rows(tmp_path: Path) -> None:
     with other_process(tmp_path / "records-0of2.jsonl") as rank:
         try:
             assert rank.stdout.readline() == "held\n"
             for shard in ("0/2", "0/1"):
                 with pytest.raises(ValueError, match="records-0of2.jsonl is being written by another process"):
-                    folder_of(tmp_path, shard).claim({}, {}, exclusive=True)
+                    folder_of(tmp_path, shard).claim({}, {})
             peer = folder_of(tmp_path, "1/2")
-            peer.claim({}, {}, exclusive=True)
+            peer.claim({}, {})
             peer.release()
         finally:
             rank.kill()
     # The lock dies with its process.
     folder = folder_of(tmp_path, "0/2")
-    folder.claim({}, {}, exclusive=True)
+    folder.claim({}, {})
     with other_process(folder.records_path) as rank:
         assert rank.stdout.readline() == "" and rank.wait() == 1
     folder.release()
