@@ -15,7 +15,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,16 @@ from transformers import PreTrainedModel
 
 from asymkv.arguments import DTYPES
 from asymkv.files import write_atomic
-from asymkv.gates.collect import Folder, Passage, Recipe, file_passages, sample_contexts, take_turns, task_passages
+from asymkv.gates.collect import (
+    Folder,
+    Passage,
+    Recipe,
+    digest,
+    file_passages,
+    sample_contexts,
+    take_turns,
+    task_passages,
+)
 from asymkv.gates.fit import Fit, fit, read_rows, split
 from asymkv.gates.gate import Gate
 from asymkv.head_scores import model_of
@@ -81,9 +90,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def passages_of(args: argparse.Namespace, tokenizer: Any, recipe: Recipe) -> list[Passage]:
+def passages_of(
+    args: argparse.Namespace, tokenizer: Any, recipe: Recipe, left_out: Collection[str]
+) -> list[Passage]:
     """Everything to score, the kinds taking turns."""
-    left_out = sample_contexts(args.reported_sample, args.data_dir)
     picked = {"half": args.half, "left_out": left_out, "seed": args.seed}
     tasks = args.tasks if args.data_dir else ()
     groups = [task_passages(task, args.data_dir, args.contexts, **picked) for task in tasks]
@@ -93,8 +103,9 @@ def passages_of(args: argparse.Namespace, tokenizer: Any, recipe: Recipe) -> lis
 
 def collect(args: argparse.Namespace, folder: Folder, model: PreTrainedModel, tokenizer: Any) -> None:
     """Stage 1."""
-    recipe = Recipe(args.max_tokens, args.share, args.seed)
-    passages = passages_of(args, tokenizer, recipe)
+    left_out = sample_contexts(args.reported_sample, args.data_dir)
+    recipe = Recipe(args.max_tokens, args.share, args.seed, args.half, digest(left_out))
+    passages = passages_of(args, tokenizer, recipe, left_out)
     folder.claim(model, recipe)
     for passage in tqdm(passages, unit="passage", desc="kvzip"):
         folder.add(model, tokenizer, passage, recipe)

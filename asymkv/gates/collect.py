@@ -43,11 +43,15 @@ class Recipe:
         max_tokens: longer texts give a window of so many tokens, at a random place.
         share: of a passage's rows that are stored.
         seed: of the windows and of the rows stored.
+        half: of the data that contexts are of; None: of both.
+        left_out: digest of the contexts that are left out (:func:`digest`); None: none are.
     """
 
     max_tokens: int = 2800
     share: float = 1 / 3
     seed: int = 0
+    half: str | None = None
+    left_out: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < MIN_TOKENS:
@@ -110,6 +114,11 @@ def sample_contexts(files: Iterable[Path], data_dir: Path) -> frozenset[str]:
     found = [(task, ids) for file in files for task, ids in read_sample(file).tasks.items()]
     return frozenset(row["context"] for task, ids in found for row in load_rows(task, data_dir=data_dir)
                      if row["_id"] in ids)  # fmt: skip
+
+
+def digest(contexts: Collection[str]) -> str | None:
+    """What tells sets of contexts apart; None of an empty one."""
+    return sha256("".join(sorted(sha256(text.encode()) for text in contexts)).encode()) if contexts else None
 
 
 @functools.lru_cache(maxsize=1)
@@ -235,7 +244,7 @@ def score_rows(model: PreTrainedModel, tokenizer: Any, passage: Passage, recipe:
         view = layer.view(cache.rope, 1.0)
         keys.append(view.unrotate(view.keys)[0][:, kept].bfloat16().cpu())
         values.append(view.values[0][:, kept].bfloat16().cpu())
-        scores.append(view.statistics["score"][0][:, kept].clamp(min=0).float().cpu())  # 0 = what is always kept
+        scores.append(view.statistics["score"][0][:, kept].clamp(min=0).float().cpu())  # 0 = never judged
     return {"positions": kept, "keys": torch.stack(keys), "values": torch.stack(values), "scores": torch.stack(scores)}
 
 

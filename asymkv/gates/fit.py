@@ -68,7 +68,7 @@ class Fit:
 
 
 def read_rows(path: Path) -> Rows:
-    """A collected passage, its sinks left out.
+    """A collected passage, but for its sinks and what KVzip keeps unjudged (the words of a chat template before it).
 
     Raises:
         ValueError: for a damaged file.
@@ -77,7 +77,7 @@ def read_rows(path: Path) -> Rows:
         found = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); delete it, and the collection makes it again") from None
-    use = found["positions"] >= SINKS
+    use = (found["positions"] >= SINKS) & (found["scores"] > 0).flatten(0, 1).any(0)
     x = features(found["keys"][:, :, use], found["values"][:, :, use]).bfloat16()
     heads = (x.shape[0], x.shape[1])
     return Rows(path.stem, x.flatten(0, 1), found["scores"][:, :, use].flatten(0, 1), heads)

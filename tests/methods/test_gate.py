@@ -243,11 +243,16 @@ def test_a_collection_holds_what_kvzip_says(model, tmp_path):
     kept = found["positions"]
     assert 30 < len(kept) < 90 and int(kept.max()) < 130 and found["scores"].min() >= 0
     rows = fit.read_rows(path)
-    use = kept >= fit.SINKS
+    judged = (found["scores"] > 0).flatten(0, 1).any(0)
+    use = (kept >= fit.SINKS) & judged
     assert_close("scores", found["scores"][:, :, use].flatten(0, 1), rows.score, 0)
     assert rows.x.shape == (4, int(use.sum()), 32) and rows.score.max() > 0
     with pytest.raises(ValueError, match="collected otherwise; take another folder"):
         folder.claim(model, collect.Recipe(max_tokens=120, share=1.0))
+    for other in ({"half": "tune"}, {"left_out": collect.digest({"a context"})}):
+        with pytest.raises(ValueError, match=f"take another folder.*{next(iter(other))}"):
+            folder.claim(model, collect.Recipe(max_tokens=120, share=0.5, **other))
+    assert collect.digest(["a", "b"]) == collect.digest({"b", "a"}) != collect.digest(["ab"]) and not collect.digest([])
     with pytest.raises(ValueError, match="was collected for .*weights_sha256"):
         folder.claim(tiny_model(seed=1), recipe)
     with pytest.raises(ValueError, match="at least 64 are needed"):
@@ -255,6 +260,19 @@ def test_a_collection_holds_what_kvzip_says(model, tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="delete it, and the collection makes it again"):
         fit.read_rows(path)
+
+
+def test_a_chat_template_is_not_learnt_as_worthless(model, tmp_path):
+    """KVzip keeps what stands before a context, and judges none of it: no score is no low score."""
+    tokenizer, recipe = tiny_tokenizer(), collect.Recipe(max_tokens=120, share=1.0)
+    tokenizer.chat_template = "{% for m in messages %}" + "w9 " * 20 + "{{ m.content }}{% endfor %}"
+    folder, passage = collect.Folder(tmp_path), collect.Passage("kind", WORDS)
+    folder.add(model, tokenizer, passage, recipe)
+    found = collect.score_rows(model, tokenizer, passage, recipe)
+    unjudged = (found["scores"] == 0).flatten(0, 1).all(0)
+    assert unjudged[: int(unjudged.sum())].all() and int(unjudged.sum()) >= 20 > fit.SINKS
+    (path,) = folder.files()
+    assert fit.read_rows(path).score.shape[1] == len(unjudged) - int(unjudged.sum())
 
 
 def test_a_passage_is_trained_on_or_measured_on(tmp_path):
