@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -30,7 +31,9 @@ class CaM(Method):
 
     Args:
         merge_budget: m; the released code has 32, and 16 on its streaming path.
-        select: which rows leave: those of the lowest accumulated "attention", or the oldest ("streaming").
+        select: which rows leave: those of the lowest accumulated "attention", all at once; or the oldest ("streaming"),
+            one behind the other as the released code has them leave: a row is spread over the next m rows whether they
+            will leave too or not, and takes along what it was given when it leaves itself.
         deterministic: use p in the place of b, which is equal in expectation.
         seed: of the draws. A draw hangs on seed, layer, head and own position alone, never on the batch.
         count_bias: the rows' tokens go with them (log n in attention): each token of a leaving row joins one of the
@@ -74,7 +77,7 @@ class CaM(Method):
         """Spreads the values of the leaving rows, then drops them."""
         keep = ~chosen & view.valid
         index, present = leaving_rows(chosen)
-        targets = Targets(keep, index, present, self.merge_budget)
+        targets = Targets(view.valid if self.select == "streaming" else keep, index, present, self.merge_budget)
         share = self.draw(view, index, self.probability(wide(view.statistics["mass"]), index, targets))
         share = share.to(torch.promote_types(view.values.dtype, torch.float32))
         if self.count_bias:
@@ -108,38 +111,38 @@ class CaM(Method):
 
     def _spread(self, view: RowView, index: Tensor, targets: Targets, share: Tensor) -> None:
         """``v_j += share v_i / count``."""
-        values = wide(view.values)
-        part = take(values, index) * (share / targets.count.clamp(min=1))[..., None]
-        added = torch.zeros_like(values)
-        for step in range(targets.most):
-            row, real = targets.at(step)
-            added.scatter_add_(2, row[..., None].expand_as(part), torch.where(real[..., None], part, 0))
-        view.values = (values + added).to(view.values.dtype)
+        values = wide(view.values).clone()
+        weight = share / targets.count.clamp(min=1)
+        for who, _, row, real in targets.turns(one_by_one=self.select == "streaming"):
+            part = take(values, index[..., who]) * weight[..., who, None]
+            at = row[..., None].expand(*row.shape, part.shape[-1])
+            values.scatter_add_(2, at, torch.where(real[..., None], part, 0))
+        view.values = values.to(view.values.dtype)
 
     def _join(self, view: RowView, index: Tensor, targets: Targets, share: Tensor) -> None:
         """Whole tokens go to the targets in turn, from one that the row's position picks; values become means."""
-        values, n = wide(view.values), view.cardinality.long()
-        leaving, position = take(values, index), view.positions.long().gather(2, index)
-        tokens = torch.where(share > 0, n.gather(2, index), 0)
-        each, rest = tokens // targets.count.clamp(min=1), tokens % targets.count.clamp(min=1)
-        added, count, weight = torch.zeros_like(values), torch.zeros_like(n), n.to(values.dtype)
-        for step in range(targets.most):
-            row, real = targets.at(step)
-            goes = torch.where(real, each + ((step - position) % targets.count.clamp(min=1) < rest), 0)
-            part = goes * share
-            added.scatter_add_(2, row[..., None].expand_as(leaving), leaving * part[..., None])
-            weight = weight.scatter_add(2, row, part.to(weight.dtype))
-            count.scatter_add_(2, row, goes)
-        mean = (n[..., None] * values + added) / weight[..., None]
-        view.values = torch.where((count > 0)[..., None], mean.to(view.values.dtype), view.values)
-        view.cardinality = (n + count).to(view.cardinality.dtype)
+        n, weight = view.cardinality.long(), view.cardinality.to(share.dtype)
+        sums, position = n[..., None] * wide(view.values), view.positions.long().gather(2, index)
+        for who, step, row, real in targets.turns(one_by_one=self.select == "streaming"):
+            leaving, most = index[..., who], targets.count[..., who].clamp(min=1)
+            tokens = torch.where(share[..., who] > 0, n.gather(2, leaving), 0)
+            extra = (step - position[..., who]) % most < tokens % most
+            goes = torch.where(real, tokens // most + extra, 0)
+            part = goes * share[..., who]
+            mean = take(sums, leaving) / weight.gather(2, leaving).clamp(min=1)[..., None]
+            sums.scatter_add_(2, row[..., None].expand(*row.shape, mean.shape[-1]), mean * part[..., None])
+            weight.scatter_add_(2, row, part)
+            n.scatter_add_(2, row, goes)
+        joined = (n > view.cardinality)[..., None]
+        view.values = torch.where(joined, (sums / weight.clamp(min=1)[..., None]).to(view.values.dtype), view.values)
+        view.cardinality = n.to(view.cardinality.dtype)
 
 
 class Targets:
-    """The kept rows that follow each leaving row.
+    """The rows that follow each leaving row, and that it is spread over.
 
     Args:
-        keep: ``[B, H_kv, T]`` bool.
+        keep: ``[B, H_kv, T]`` bool, those that it can be.
         index: ``[B, H_kv, E]`` leaving rows.
         present: ``[B, H_kv, E]`` bool.
         budget: most targets of a row.
@@ -148,7 +151,7 @@ class Targets:
     def __init__(self, keep: Tensor, index: Tensor, present: Tensor, budget: int) -> None:
         self.order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)
         kept = keep.cumsum(-1)
-        self.first = kept.gather(2, index)
+        self.first = kept.gather(2, index)  # of those in order, the one behind the row
         self.count = torch.where(present, kept[..., -1:] - self.first, 0).clamp(max=budget)
         self.most = int(self.count.max())
 
@@ -156,6 +159,22 @@ class Targets:
         """``row [B, H_kv, E]`` into T, the target number ``step`` of each, and whether there is one."""
         real = step < self.count
         return self.order.gather(2, torch.where(real, self.first + step, 0)), real
+
+    def turns(self, *, one_by_one: bool) -> Iterator[tuple[slice, int | Tensor, Tensor, Tensor]]:
+        """Who is spread (of the leaving rows), numbers of the targets, their rows and whether they are there.
+
+        Args:
+            one_by_one: each row to all its targets before the next; otherwise all rows to one target each at a time.
+        """
+        if not one_by_one:
+            for step in range(self.most):
+                yield slice(None), step, *self.at(step)
+            return
+        steps = torch.arange(self.most, device=self.order.device)
+        for who in range(self.count.shape[-1]):
+            real = steps < self.count[..., who, None]
+            place = torch.where(real, self.first[..., who, None] + steps, 0)
+            yield slice(who, who + 1), steps, self.order.gather(2, place), real
 
 
 def uniform(seed: int, layer: int, head: Tensor, position: Tensor) -> Tensor:

@@ -72,6 +72,42 @@ def test_targets_are_kept_rows_only():
     assert_close("values", torch.tensor([0.0, 6, 6, 0]), out.rows("values", 0)[:, 0], 1e-12)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_oldest_leave_one_behind_the_other(bias):
+    """Rows 1 to 4 leave at once as they would in four compactions, each spread over the two rows behind it."""
+    method = options("cam", merge_budget=2, select="streaming", deterministic=True, count_bias=bias)
+    # Where tokens are counted, p of 1: a fraction of a token weighs less than a whole one until the rows are stored.
+    mass = torch.linspace(8, 1, 8) if bias else torch.tensor([1, 0.4, 0.5, 2.0, 1, 0.3, 3, 2])
+    source = scalars(9, 1, 2, 4, 8, 16, 32, 64)
+    made = {"values": source, "mass": mass, "n": [1, 2, 3, 1, 1, 4, 1, 1]}
+    layer, view = make_view(8, 1, **made)
+    once = carried_out(method, layer, view, marked(view, 1, 2, 3, 4))
+    _, view = make_view(8, 1, **made)
+    values = view.values[0, 0, :, 0].clone()
+    for i in (1, 2, 3, 4):
+        method.carry_out(view, marked(view, i))
+        values[i + 1 : i + 3] += min(1.0, float(mass[i] / mass[i + 1 : i + 3].mean())) * values[i] / 2
+    rest = [0, 5, 6, 7]
+    assert_close("values", view.values[0, 0, rest], once.rows("values", 0), 1e-12)
+    assert torch.equal(view.cardinality[0, 0, rest], once.rows("cardinality", 0))
+    if bias:
+        assert int(once.rows("cardinality", 0).sum()) == 14, "all tokens are still there"
+    else:
+        assert_close("published", values[rest], once.rows("values", 0)[:, 0], 1e-12)
+
+
+@pytest.mark.parametrize("settings", [{}, {"count_bias": True}], ids=str)
+def test_values_stay_of_their_size_where_a_chunk_of_the_oldest_leaves(settings):
+    """Hundreds of rows at once do not all land on the first that stay."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1, 1, 600, 16, generator=generator, dtype=torch.float64)
+    layer, view = make_view(600, 1, values=values, mass=torch.linspace(2, 1, 600))
+    chosen = marked(view, *range(4, 500))
+    out = carried_out(options("cam", select="streaming", merge_budget=16, **settings), layer, view, chosen)
+    sizes = out.rows("values", 0).norm(dim=-1)[4:]
+    assert sizes.max() < 4 * values.norm(dim=-1).max() and sizes[:16].mean() < 4 * sizes[16:].mean()
+
+
 def test_a_row_merges_as_a_whole_or_not_at_all():
     """One draw per row and KV head: what is added is b v / m with b of 0 or 1, and both happen."""
     mass = torch.ones(40)
