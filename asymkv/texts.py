@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from asymkv.longbench.jsonl import numbered_objects, shown
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 # Names without an owner, of which a slash parts the configuration; with that of the public code where it gives none.
@@ -44,10 +45,9 @@ def read_files(paths: Sequence[str | Path]) -> Iterator[str]:
         if path.suffix != ".jsonl":
             yield content
             continue
-        for number, line in enumerate(content.splitlines(), 1):
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise ValueError(f"{path}, line {number}: expected an object with \"text\"; found {line[:60]!r}")
+        for place, row in numbered_objects(content.encode(), str(path)):
+            if not isinstance(row.get("text"), str):
+                raise ValueError(f"{place}: expected an object with \"text\"; found {shown(row)}")
             yield row["text"]
 
 

@@ -33,8 +33,9 @@ from asymkv.files import write_atomic
 from asymkv.longbench.conditions import commit, device_name
 from asymkv.longbench.jsonl import read_object
 from asymkv.longbench.measure import Clock
-from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
+from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec, weights_sha256
 from asymkv.methods import METHODS
+from asymkv.provenance import files_of
 from asymkv.texts import read_text
 
 FULL = "full"
@@ -51,14 +52,15 @@ class Answer:
     prefill_seconds: float
     total_seconds: float
     config: dict[str, Any] | None = None  # of the method; None in files that did not store it
+    files: dict[str, str] | None = None  # digests of gates, head scores and bases that it read
+    conditions: dict[str, Any] | None = None  # commit, device, threads and versions that it was run with
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, help="short name of configs/models.yaml, hub id or folder")
-    every = ",".join(m for m in METHODS if m != FULL)
-    add("--methods", type=names, default=every, help="comma-separated; default: all")
+    add("--methods", type=names, help="comma-separated; default: all that can be had at this size")
     add("--ratio", type=float, help="share of the prompt's rows to keep")
     add("--budget", help="rows per KV head, or bytes such as 512MiB, instead of --ratio")
     add("--context", help="the context itself")
@@ -117,16 +119,18 @@ def plain(config: asymkv.CompressionConfig) -> dict[str, Any]:
 
 
 def settings_of(args: argparse.Namespace, context: str) -> dict[str, Any]:
-    """What answers must share to stand in one table."""
+    """What answers must share to stand in one table; the weights are added when they are loaded."""
     shared = ("model", "ratio", "budget", "question", "protocol", "max_new_tokens", "dtype", "device")
     digest = hashlib.sha256(context.encode()).hexdigest()
-    return {**{n: getattr(args, n) for n in shared}, "context_sha256": digest}
+    threads = {"threads": torch.get_num_threads()} if args.device == "cpu" else {}  # times are compared
+    return {**{n: getattr(args, n) for n in shared}, **threads, "context_sha256": digest}
 
 
-def finished(
-    args: argparse.Namespace, settings: dict[str, Any], configs: dict[str, asymkv.CompressionConfig]
-) -> dict[str, Answer]:
-    """Answers of an earlier call, but those of this call's methods whose settings were others then.
+def earlier(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Answer]:
+    """Answers of an earlier call.
+
+    Args:
+        settings: of this call; what is not in them yet is not compared.
 
     Raises:
         ValueError: for a file of other settings, or one that is no file of answers.
@@ -134,12 +138,29 @@ def finished(
     if args.out is None or not args.out.exists():
         return {}
     found, known = read_answers(args.out)
-    if found["settings"] != settings:
-        differing = {k: (found["settings"].get(k), v) for k, v in settings.items() if found["settings"].get(k) != v}
+    differing = {k: (found["settings"].get(k), v) for k, v in settings.items() if found["settings"].get(k) != v}
+    if differing:
         raise ValueError(f"{args.out} holds answers of other settings, (there, here): {differing}; use another --out")
-    answers = {each.method: each for each in known}
-    stale = {name for name, config in configs.items() if name in answers and answers[name].config != plain(config)}
-    return {name: each for name, each in answers.items() if name not in stale}
+    return {each.method: each for each in known}
+
+
+def configs_of(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings by name, the full cache's first; and why others cannot be had. Before a model is loaded.
+
+    Raises:
+        ValueError: for a method that was asked for by name; of all methods, where none can be had.
+    """
+    configs, refused = {}, {}
+    for name in dict.fromkeys([FULL, *(args.methods or METHODS)]):
+        try:
+            configs[name] = config_of(name, args)
+        except ValueError as error:
+            if args.methods:
+                raise
+            refused[name] = str(error)
+    if not configs.keys() - {FULL} and refused:
+        raise ValueError(next(iter(refused.values())))
+    return configs, refused
 
 
 def read_answers(path: Path) -> tuple[dict[str, Any], list[Answer]]:
@@ -162,9 +183,37 @@ def read_answers(path: Path) -> tuple[dict[str, Any], list[Answer]]:
 def save(args: argparse.Namespace, settings: dict[str, Any], answers: dict[str, Answer]) -> None:
     if args.out is None:
         return
-    conditions = {"commit": commit(), "device": device_name(torch.device(args.device)), "torch": torch.__version__}
-    table = {"settings": settings, "conditions": conditions, "answers": [vars(a) for a in answers.values()]}
+    table = {"settings": settings, "answers": [vars(a) for a in answers.values()]}
     write_atomic(args.out, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+
+
+def run(
+    args: argparse.Namespace, settings: dict[str, Any], configs: dict[str, Any], context: str
+) -> tuple[dict[str, Answer], dict[str, str]]:
+    """All answers, those of an earlier call among them where nothing has changed; and what could not be run, and why.
+
+    Raises:
+        ValueError: for an ``--out`` of other settings or weights.
+    """
+    earlier(args, settings)  # other settings are told before the model is loaded
+    spec = resolve_spec(args.model, max_length=sys.maxsize, chat_template=False)
+    dtype = {} if args.dtype == "auto" else {"dtype": getattr(torch, args.dtype)}
+    model, tokenizer = load_model(spec, device=args.device, **dtype), load_tokenizer(spec)
+    settings = {**settings, "weights_sha256": weights_sha256(model)}
+    refused: dict[str, str] = {}
+    files = {name: files_of(config, model) for name, config in configs.items()}
+    answers = {name: each for name, each in earlier(args, settings).items()
+               if name not in configs or (each.config, each.files) == (plain(configs[name]), files[name])}  # fmt: skip
+    conditions = {"commit": commit(), "device": device_name(torch.device(args.device)), "torch": torch.__version__}
+    for name in tqdm([n for n in configs if n not in answers], desc="methods"):
+        try:
+            found = answer(args, name, model, tokenizer, context, configs[name])
+            more = {"config": plain(configs[name]), "files": files[name], "conditions": conditions}
+            answers[name] = dataclasses.replace(found, **more)
+        except ValueError as error:
+            refused[name] = str(error)
+        save(args, settings, answers)
+    return answers, refused
 
 
 def show(answers: dict[str, Answer], args: argparse.Namespace) -> None:
@@ -188,25 +237,14 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if args.threads:
         torch.set_num_threads(args.threads)
-    chosen = [FULL, *(n for n in args.methods if n != FULL)]
-    configs = {name: config_of(name, args) for name in chosen}  # bad settings fail before the model is loaded
+    configs, impossible = configs_of(args)
     context = args.context if args.context is not None else read_text(args.context_file)
-    settings = settings_of(args, context)
-    answers, refused = finished(args, settings, configs), {}
-    spec = resolve_spec(args.model, max_length=sys.maxsize, chat_template=False)
-    dtype = {} if args.dtype == "auto" else {"dtype": getattr(torch, args.dtype)}
-    model, tokenizer = load_model(spec, device=args.device, **dtype), load_tokenizer(spec)
-    for name in tqdm([n for n in chosen if n not in answers], desc="methods"):
-        try:
-            found = answer(args, name, model, tokenizer, context, configs[name])
-            answers[name] = dataclasses.replace(found, config=plain(configs[name]))
-        except ValueError as error:
-            refused[name] = str(error)
-        save(args, settings, answers)
+    answers, refused = run(args, settings_of(args, context), configs, context)
+    refused = {**impossible, **refused}
     for name, reason in refused.items():
         print(f"not run: {name}: {reason}", file=sys.stderr)
     if FULL in answers:
-        show({name: answers[name] for name in chosen if name in answers}, args)
+        show({name: answers[name] for name in configs if name in answers}, args)
     return 1 if refused else 0
 
 

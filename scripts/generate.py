@@ -4,7 +4,8 @@
     python scripts/generate.py --model meta-llama/Llama-3.1-8B-Instruct --ratio 0.25 --prompt "Tell me about ..."
     python scripts/generate.py --model tiny --random --budget 64 --prompt-tokens 400   # random weights, no download
 
-Options of the method go as ``--set key=value`` (``--set curvature=loss``). Prints the text, then what was stored.
+``--method`` takes a registered method, a shipped setting or a yaml file; other settings go as ``--set key=value``
+(``--set curvature=loss``). Prints the text, then what was stored.
 """
 
 from __future__ import annotations
@@ -21,14 +22,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import asymkv
 from asymkv.arguments import DTYPES, positive
 from asymkv.longbench.models import load_model, load_tokenizer, resolve_spec
-from asymkv.methods import METHODS
 from asymkv.texts import read_text
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="short name of configs/models.yaml, hub id or folder")
-    parser.add_argument("--method", default="asymkv", choices=sorted(METHODS), help="compression method")
+    parser.add_argument("--method", default="asymkv", help="method, shipped setting (kvpress_snapkv) or yaml file")
     parser.add_argument("--budget", help="rows per KV head, or bytes such as 512MiB")
     parser.add_argument("--ratio", type=float, help="share of the prompt's rows to keep, instead of --budget")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting")
@@ -52,7 +52,8 @@ def settings(args: argparse.Namespace) -> asymkv.CompressionConfig:
     pairs = dict(item.split("=", 1) for item in args.set)
     options = {key: yaml.safe_load(value) for key, value in pairs.items()}
     budget = int(args.budget) if args.budget and args.budget.isdigit() else args.budget
-    return asymkv.CompressionConfig(args.method, budget=budget, ratio=args.ratio, **options)
+    size = {key: value for key, value in (("budget", budget), ("ratio", args.ratio)) if value is not None}
+    return asymkv.CompressionConfig.named(args.method, **size, **options)
 
 
 def load(args: argparse.Namespace) -> tuple:
@@ -76,7 +77,8 @@ def encode(args: argparse.Namespace, tokenizer: object, vocab: int) -> torch.Ten
         text = tokenizer.apply_chat_template(  # type: ignore[attr-defined]
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
-    return tokenizer(text, return_tensors="pt", add_special_tokens=args.no_chat).input_ids  # type: ignore[operator]
+    plain = args.no_chat or not tokenizer.chat_template  # type: ignore[attr-defined]
+    return tokenizer(text, return_tensors="pt", add_special_tokens=plain).input_ids  # type: ignore[operator]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from asymkv.longbench.files import sha256
+from asymkv.longbench.jsonl import numbered_objects
 from asymkv.texts import load_split, read_files, text_column
 
 EMBEDDED = "embedded"
@@ -78,8 +80,8 @@ def read_articles(name: str, count: int, *, cache_dir: str | None = None) -> lis
         ValueError: for rows without an article and a summary.
     """
     if Path(name).is_file():
-        lines = Path(name).read_text(encoding="utf-8").splitlines()[:count]
-        rows: Sequence[dict[str, Any]] = [json.loads(line) for line in lines if line.strip()]
+        found = numbered_objects(Path(name).read_bytes(), name)
+        rows: Sequence[dict[str, Any]] = [row for _, row in itertools.islice(found, count)]
     else:
         rows = list(load_split(name, f"test[:{count}]", cache_dir=cache_dir))
     return [_article(row, name) for row in rows]

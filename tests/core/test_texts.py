@@ -8,8 +8,8 @@ import pytest
 
 from asymkv.distill.text import read_dataset
 from asymkv.experiments.corpus import read_articles, read_text
+from asymkv.texts import read_files, split_name
 from asymkv.texts import read_text as read_file
-from asymkv.texts import split_name
 
 WIKITEXT = "Salesforce/wikitext"
 
@@ -84,3 +84,20 @@ def test_a_text_that_is_missing_or_not_utf8_is_named(tmp_path):
         read_file(tmp_path / "latin.txt")
     with pytest.raises(ValueError, match=r"no text file at .*none\.txt"):
         read_file(tmp_path / "none.txt")
+
+
+def test_lines_of_a_jsonl_file_end_at_line_feeds_only(tmp_path):
+    """Other line ends are text, blank lines are none, and what is wrong is named with file and line."""
+    texts = ["one\u2028two\u0085three", "four\x0cfive"]
+    rows = [json.dumps({"text": text, "summary": "s"}, ensure_ascii=False) for text in texts]
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(["", rows[0], "", rows[1], ""]), encoding="utf-8")
+    assert list(read_files([file])) == texts
+    assert [a.text for a in read_articles(str(file), 2)] == texts and len(read_articles(str(file), 1)) == 1
+    file.write_text(rows[0] + "\n{", encoding="utf-8")
+    for read in (lambda: list(read_files([file])), lambda: read_articles(str(file), 2)):
+        with pytest.raises(ValueError, match=r"a\.jsonl:2 is not JSON"):
+            read()
+    file.write_text('{"words": 1}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r'a\.jsonl:1: expected an object with "text"'):
+        list(read_files([file]))

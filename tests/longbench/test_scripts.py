@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from byte_tokenizers import byte_tokenizer
 from tiny_models import tiny_model, tiny_tokenizer
 
 from asymkv.longbench.data import load_rows
@@ -99,6 +100,48 @@ def test_an_answer_is_not_reused_once_the_methods_settings_have_changed(script, 
     second = answers()
     assert [first[str(own)]["config"]["window_size"], second[str(own)]["config"]["window_size"]] == [8, 16]
     assert second["full"] == first["full"] and second["h2o"] == first["h2o"]  # times and all: not measured again
+
+
+def test_of_all_methods_compare_runs_what_can_be_had(script, tiny_folder, tmp_path, capsys, monkeypatch) -> None:
+    """A budget that some methods are too wide for; one of them asked for by name is refused at once."""
+    compare = script("compare")
+    monkeypatch.setattr(compare, "METHODS", ("full", "snapkv", "h2o"))
+    args = compare_arguments(tiny_folder, tmp_path / "answers.json", "--protocol", "context", "--budget", "64")
+    del args[args.index("--ratio") : args.index("--ratio") + 2]
+    assert compare.main(args) == 1
+    out = capsys.readouterr()
+    assert "not run: snapkv: budget=64 is smaller than sink_size + window_size + 1 = 65" in out.err and "h2o" in out.out
+    with pytest.raises(ValueError, match="budget=64 is smaller"):
+        compare.main([*args, "--methods", "h2o,snapkv"])
+
+
+def test_answers_of_other_weights_or_files_are_not_shown_as_these(script, tiny_folder, tmp_path, monkeypatch) -> None:
+    compare, model = script("compare"), tmp_path / "model"
+    tiny_model().save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    args = compare_arguments(model, tmp_path / "answers.json", "--methods", "h2o,knorm")
+    assert compare.main(args) == 0
+    monkeypatch.setattr(compare, "files_of", lambda config, model: {"gate": "new"} if config.method == "h2o" else {})
+    monkeypatch.setattr(compare, "commit", lambda: "later")
+    assert compare.main(args) == 0
+    answers = {a["method"]: a for a in json.loads((tmp_path / "answers.json").read_text())["answers"]}
+    assert [answers[n]["conditions"]["commit"] == "later" for n in ("full", "h2o", "knorm")] == [False, True, False]
+    tiny_model(seed=1).save_pretrained(model)
+    with pytest.raises(ValueError, match="other settings.*weights_sha256"):
+        compare.main(args)
+
+
+def test_generate_feeds_a_base_model_its_first_token_and_takes_shipped_settings(script) -> None:
+    generate = script("generate")
+    chat, base = byte_tokenizer(adds_bos=True), byte_tokenizer(adds_bos=True)
+    base.chat_template = None
+    args = generate.parse_args(["--model", "m", "--method", "kvpress_snapkv", "--ratio", "0.5", "--prompt", "ab"])
+    assert generate.encode(args, base, 100)[0].tolist() == base("ab")["input_ids"]
+    assert generate.encode(args, base, 100)[0, 0] == base.bos_token_id
+    assert generate.encode(args, chat, 100)[0].tolist().count(base.bos_token_id) == chat.apply_chat_template(
+        [{"role": "user", "content": "ab"}], tokenize=False, add_generation_prompt=True).count("<s>")  # fmt: skip
+    config = generate.settings(args)
+    assert (config.method, config.ratio, config.decode_interval) == ("snapkv", 0.5, 0)
 
 
 def test_without_the_full_cache_compare_tells_the_reason(script, tiny_folder, tmp_path, capsys) -> None:
