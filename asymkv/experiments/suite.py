@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import sys
@@ -25,7 +26,7 @@ from asymkv.files import sha256_file
 from asymkv.fingerprint import fingerprint
 from asymkv.longbench import models, runner
 from asymkv.longbench.arms import ArmError
-from asymkv.longbench.data import load_rows, load_tasks
+from asymkv.longbench.data import Row, Task, contents_sha256, load_rows, load_tasks
 from asymkv.longbench.measure import Protocol, Subject
 from asymkv.longbench.records import RecordFolder
 from asymkv.provenance import files_of
@@ -134,6 +135,7 @@ class Suite:
         self.ids = self.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
         self.folder = RecordFolder(options.out / "records", lambda record: tuple(record[name] for name in KEY_FIELDS))
         self.conditions: Record = {}
+        self.article_tokens: int | None = None
 
     def run(self, checkpoint: str | None, arms: Sequence[SuiteArm]) -> None:
         """Measures some arms with one set of weights."""
@@ -224,7 +226,7 @@ class Suite:
     def _summary_jobs(self, subject: Subject, window: int) -> Iterator[Job]:
         if self.options.summaries is None:
             return
-        most = min(window, max(self.options.lengths, default=window))
+        self.article_tokens = most = min(window, max(self.options.lengths, default=window))
         try:
             article_room(self.tokenizer, most, self.options.new_tokens)
         except ValueError as error:
@@ -248,14 +250,18 @@ class Suite:
             items = tuple(str(begin + i) for i in range(len(batch)))
             yield Job(TEXT, length, items, methods_only, text)
 
-    def _longbench_jobs(self, subject: Subject, window: int) -> Iterator[Job]:
-        names = list(self.options.longbench)
-        options = self.options
+    @functools.cached_property
+    def longbench(self) -> dict[str, tuple[Task, list[Row]]]:
+        """Prompt and rows of each dataset."""
+        options, names = self.options, list(self.options.longbench)
         tasks = load_tasks(names, options.longbench_config, changed_prompts=options.changed_prompts) if names else {}
-        for name in names:
-            rows = load_rows(name, data_dir=self.options.data_dir, max_samples=self.options.samples)
+        return {name: (tasks[name], load_rows(name, data_dir=options.data_dir, max_samples=options.samples))
+                for name in names}  # fmt: skip
+
+    def _longbench_jobs(self, subject: Subject, window: int) -> Iterator[Job]:
+        for name, (asked, rows) in self.longbench.items():
             for row in rows:
-                def answer(arm: SuiteArm, row: Any = row, task: Any = tasks[name]) -> list[Record]:
+                def answer(arm: SuiteArm, row: Any = row, task: Any = asked) -> list[Record]:
                     limited = dataclasses.replace(subject.spec, max_length=window - task.max_new_tokens)
                     return [answer_row(dataclasses.replace(subject, spec=limited), arm, task, row, Protocol())]
 
@@ -264,7 +270,9 @@ class Suite:
     def _settings(self, model: PreTrainedModel, arms: Sequence[SuiteArm]) -> Record:
         """Everything that the numbers depend on."""
         plain = dataclasses.asdict(self.options)
-        settings = {name: plain[name] for name in ("samples", "decode_steps", "new_tokens")}
+        settings = {name: plain[name] for name in ("samples", "batch", "decode_steps", "new_tokens")}
+        for name, (task, rows) in self.longbench.items():
+            settings |= {f"prompt.{name}": task.sha256, f"contents.{name}": contents_sha256(rows)}
         of_model = all(arm.checkpoint is None for arm in arms)  # those of a checkpoint are in its arms
         settings |= {"model": self.spec.path, "dtype": str(model.dtype).removeprefix("torch."),
                      "device": model.device.type, "tokens_sha256": digest(self.ids),
@@ -282,6 +290,9 @@ class Suite:
                            "against": arm.against} for arm in self.plan.arms}  # fmt: skip
         wanted = set(arms)
         records = [r for r in self.folder.read() if r["arm"] in wanted]
+        # Articles that a run of other lengths cut otherwise are other articles.
+        cut = self.article_tokens or max((r["length"] for r in records if r["kind"] == SUMMARY), default=0)
+        records = [r for r in records if r["kind"] != SUMMARY or r["length"] == cut]
         text = self.options.text
         named = Path(text).name if Path(text).exists() else text
         return {"records": records, "refused": self.refused, "skipped": self.skipped, "arms": arms,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from longbench_files import other_process
+from longbench_files import other_process, write_inputs, write_rows
 from tiny_models import tiny_model
 
 import asymkv
@@ -230,6 +230,36 @@ def test_a_run_goes_on_where_it_stopped_and_reports_all(tiny_folder, text_file, 
     assert rows["h2o", 256]["share"] < rows["full", 256]["share"]
     with pytest.raises(ValueError, match="results of other settings: samples"):
         run_suite(options_for(tiny_folder, text_file, tmp_path, samples=3), plan)
+
+
+def test_answers_to_other_rows_prompts_or_batches_are_not_taken_over(tiny_folder, text_file, tmp_path) -> None:
+    inputs, out = write_inputs(tmp_path, rows=2), tmp_path / "out"
+    given = {"lengths": (), "longbench": ("qasper",), "data_dir": str(inputs), "longbench_config": str(inputs),
+             "changed_prompts": True}  # fmt: skip
+    plan = method_arms(["full"], SIZES)
+    assert len(run_suite(options_for(tiny_folder, text_file, out, **given), plan)["records"]) == 2
+    assert len(run_suite(options_for(tiny_folder, text_file, out, **given), plan)["records"]) == 2
+    with pytest.raises(ValueError, match="other settings: batch"):
+        run_suite(options_for(tiny_folder, text_file, out, batch=2, **given), plan)
+    rows = (inputs / "qasper.jsonl").read_text(encoding="utf-8")
+    (inputs / "qasper.jsonl").write_text(rows.replace("a1", "another"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"other settings: contents\.qasper"):
+        run_suite(options_for(tiny_folder, text_file, out, **given), plan)
+    (inputs / "qasper.jsonl").write_text(rows, encoding="utf-8")
+    (inputs / "dataset2maxlen.json").write_text('{"qasper": 23}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"other settings: prompt\.qasper"):
+        run_suite(options_for(tiny_folder, text_file, out, **given), plan)
+
+
+def test_summaries_of_articles_that_were_cut_otherwise_are_not_averaged(tiny_folder, text_file, tmp_path) -> None:
+    articles = tmp_path / "articles.jsonl"
+    write_rows(articles, [{"article": "a b c " * 200, "summary": "a b"}] * 2)
+    given = {"ablation_lengths": (), "summaries": str(articles), "new_tokens": 4, "samples": 2}
+    plan, out = method_arms(["full"], SIZES), tmp_path / "out"
+    for lengths in ((160,), (160, 320), (160,)):
+        options = options_for(tiny_folder, text_file, out, **{**given, "lengths": lengths})
+        records = [r for r in run_suite(options, plan)["records"] if r["kind"] == "summary"]
+        assert [(r["length"], r["item"]) for r in records] == [(max(lengths), "0"), (max(lengths), "1")]
 
 
 def test_a_distilled_step_runs_on_its_checkpoint(tiny_folder, text_file, tmp_path) -> None:
