@@ -190,7 +190,8 @@ class Variance(Shared):
     """D2O's layer rule (arXiv 2406.13035): layers with dense, even attention keep more.
 
     The spread of the judged costs over a head's free units, min-max normalised over the heads of a layer and averaged,
-    is ``f``; layers share by ``softmax(-f)``.
+    is ``f``; layers share by ``softmax(-f)``. The released code leaves the first two layers and the last whole on top
+    of its budget, and bounds layers by 1 % and 100 % of their rows; here all layers share one budget (r_min, r_max).
     """
 
     def shares(self, judged: Sequence[Judged]) -> Tensor:

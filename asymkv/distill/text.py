@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asymkv.texts import load_split, text_column
+from asymkv.texts import documents, load_split, text_column
 
 
 def read_dataset(name: str, split: str, cache_dir: str | None = None) -> Iterator[str]:
-    """The column "text" of a split of a data set; its name as in :func:`asymkv.texts.split_name`.
+    """Documents of a split of a data set, its column "text"; its name as in :func:`asymkv.texts.split_name`.
 
     Raises:
         ImportError: if ``datasets`` is not installed.
         ValueError: for a data set that cannot be had, or without texts.
     """
-    return iter(text_column(load_split(name, split, cache_dir=cache_dir), name))
+    return documents(text_column(load_split(name, split, cache_dir=cache_dir), name), name)
 
 
 def to_blocks(texts: Iterable[str], tokenizer: Any, length: int, most: int | None = None) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 
 from asymkv.distill.text import read_dataset
 from asymkv.experiments.corpus import read_articles, read_text
-from asymkv.texts import read_files, split_name
+from asymkv.texts import documents, read_files, split_name
 from asymkv.texts import read_text as read_file
 
 WIKITEXT = "Salesforce/wikitext"
@@ -84,6 +84,14 @@ def test_a_text_that_is_missing_or_not_utf8_is_named(tmp_path):
         read_file(tmp_path / "latin.txt")
     with pytest.raises(ValueError, match=r"no text file at .*none\.txt"):
         read_file(tmp_path / "none.txt")
+
+
+def test_lines_of_wikitext_make_articles():
+    lines = ["", " = One = \n", "", " text , with = signs = \n", " = = Part = = \n", " = Two = \n", " end \n"]
+    found = list(documents(lines, "wikitext-103-v1"))
+    assert found == ["", "".join(lines[1:5]), "".join(lines[5:])]
+    assert "".join(found) == "".join(lines)
+    assert list(documents(lines, "owner/name")) == lines
 
 
 def test_lines_of_a_jsonl_file_end_at_line_feeds_only(tmp_path):

@@ -318,6 +318,10 @@ def test_published_topics_of_both_formats(tmp_path: Path) -> None:
     leval = {"input": "talk", "instructions": ["First?", "Second?"], "outputs": ["tea", "ice"]}
     write_lines(tmp_path / "topic_retrieval_longchat.jsonl", [leval])
     rows = data.load_rows("topic_retrieval", data_dir=tmp_path)
+    asked = {"topics": 5, "ask": [2]}
+    assert data.load_rows("topic_retrieval", data_dir=tmp_path, options=asked) == rows[1:2]
+    with pytest.raises(ValueError, match=r"asks for 2 of its topics; ask=\[3\] needs 3"):
+        data.load_rows("topic_retrieval", data_dir=tmp_path, options={"topics": 5, "ask": [3]})
     assert [(r["input"], r["answers"]) for r in rows] == [("First?", ["tea"]), ("Second?", ["ice"])]
     write_lines(tmp_path / "topic_retrieval_longchat.jsonl", [{**leval, "outputs": ["tea"]}])
     with pytest.raises(ValueError, match="longchat.jsonl:1: 2 'instructions' for 1 'outputs'"):

@@ -38,7 +38,7 @@ TOPICS = (
 
 
 def load(
-    source: Source, *, topics: int = 10, rows: int = 20, words: int = 120, ask: Sequence[int] = (1,),
+    source: Source, *, topics: int = 10, rows: int = 20, words: int = 120, ask: Sequence[int] | None = None,
     generate: bool | None = None, text: str | None = None, seed: int = 0,
 ) -> list[Row]:  # fmt: skip
     """Published rows of ``--data-dir``; without a folder, generated ones.
@@ -48,28 +48,36 @@ def load(
         topics: topics of a conversation; of LongEval's files, the one with so many (``<n>_topics.jsonl``) is also read.
         rows: conversations that are generated.
         words: what is said about each generated topic, in words.
-        ask: which topics are asked for, 1 to 3; each question is a row.
+        ask: which topics are asked for, 1 to 3; each question is a row. None: the first of generated conversations, and
+            whatever published ones ask. Of L-Eval's the questions in these places; LongEval's ask for the first only.
         generate: whether to generate rows; None = where there is no ``--data-dir``.
         text: file or folder of text that the generated conversations are made of.
         seed: of topics and text.
 
     Raises:
         FileNotFoundError: if the folder has none of the files.
-        ValueError: for bad settings, or a record that has neither format.
+        ValueError: for bad settings, a record that has neither format, or one that lacks what is asked for.
     """
-    if not isinstance(ask, (list, tuple)) or not ask:
+    if ask is not None and (not isinstance(ask, (list, tuple)) or not ask):
         raise ValueError(f"ask must be a list of the topics' numbers, found {ask!r}")
-    for number in ask:
+    for number in ask or ():
         choice("ask", number, tuple(range(1, len(ORDINALS) + 1)))
-    count("topics", topics, max(ask))
+    count("topics", topics, max(ask or (1,)))
     if source.data_dir is not None and not generate:
         found = read_records(find_file(source.data_dir, (*FILES, f"{topics}_topics.jsonl")))
-        return [made for where, record in found for made in _published(where, record)]
+        return [made for where, record in found for made in _asked(_published(where, record), ask, where)]
     if topics > len(TOPICS):
         raise ValueError(f"there are {len(TOPICS)} topics to talk about, {topics} were asked for")
     chosen = load_text(source, text)
     rngs = (random.Random(f"topic_retrieval-{seed}-{index}") for index in range(count("rows", rows)))
-    return [made for rng in rngs for made in _generated(chosen, rng, topics, count("words", words), ask)]
+    return [made for rng in rngs for made in _generated(chosen, rng, topics, count("words", words), ask or (1,))]
+
+
+def _asked(rows: list[Row], ask: Sequence[int] | None, where: str) -> list[Row]:
+    """The questions in these places."""
+    if ask is not None and max(ask) > len(rows):
+        raise ValueError(f"{where} asks for {len(rows)} of its topics; ask={list(ask)} needs {max(ask)}")
+    return rows if ask is None else [rows[number - 1] for number in ask]
 
 
 def _published(where: str, record: Row) -> list[Row]:
