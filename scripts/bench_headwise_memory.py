@@ -3,7 +3,8 @@
     python scripts/bench_headwise_memory.py --model smollm2 --text-file report.txt --tokens 2048 --out results/memory
 
 Where kvpress is importable (it wants transformers < 5.3) its presses are measured in the same process, else their
-column stays empty. Methods with head scores need scripts/find_retrieval_heads.py once before.
+column stays empty: set ``PYTHONPATH=$(python -m asymkv.longbench.peers --install)``. Methods with head scores need
+scripts/find_retrieval_heads.py once before; those that lack them are named, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -86,12 +87,16 @@ def main(argv: list[str] | None = None) -> int:
     ids = load_tokenizer(spec)(read_text(args.text_file), return_tensors="pt").input_ids
     ids = ids[:, : args.tokens].to(args.device)
     full, rows = full_cache_bytes(model, ids.shape[1]), []
-    peers = presses()
+    peers, refused = presses(), {}
     for setting in tqdm(METHODS):
         for ratio in args.ratios:
             row = {"method": setting, "ratio": ratio, "stock bytes": full, "asymkv bytes": "", "asymkv share": "",
                    "kvpress bytes": "", "kvpress share": ""}  # fmt: skip
-            found = {"asymkv": ours(model, ids, setting, ratio)}
+            try:
+                found = {"asymkv": ours(model, ids, setting, ratio)}
+            except ValueError as error:
+                refused[setting] = str(error)
+                break
             if setting in peers:
                 found["kvpress"] = theirs(model, ids, peers[setting], ratio)
             for name, size in found.items():
@@ -105,7 +110,9 @@ def main(argv: list[str] | None = None) -> int:
     write_atomic(args.out / "conditions.json", json.dumps(conditions, indent=1) + "\n")
     names = list(rows[0])
     print("\n".join("| " + " | ".join(str(r[n]) for n in names) + " |" for r in [{n: n for n in names}, *rows]))
-    return 0
+    for setting, reason in refused.items():
+        print(f"not measured: {setting}: {reason}", file=sys.stderr)
+    return 1 if refused else 0
 
 
 if __name__ == "__main__":

@@ -57,12 +57,23 @@ MEASURED = (
 )
 
 
+# Rows of the table that the results open with.
+HEADLINE = (
+    ("`gate` (one pass, chunks of 512)", "gate"),
+    ("`echo` (every chunk of 1,024 repeated once)", "echo"),
+    ("`kvzip` (the whole cache first, all of it repeated)", "kvzip"),
+    ("`snapkv`", "snapkv"),
+    ("`asymkv`", "asymkv"),
+)
+
+
 def method_table() -> str:
     """One row per registered method: name, source, what it does, when it judges a prompt's rows."""
     rows = ["| method | what it is | judges a prompt |", "|---|---|---|"]
     for name, cls in sorted(METHODS.items()):
         chunk = CompressionConfig(name).chunk
-        when = f"every {chunk:,} tokens" if chunk else "when it is read"
+        when = f"every {chunk:,} tokens" if chunk else "once, after all of it"
+        when = when if cls.compresses else "never"
         rows.append(f"| `{name}` | {cls.title}. {_summary(cls)} | {when} |")
     return "\n".join(rows)
 
@@ -145,7 +156,22 @@ def retention_table() -> str:
         cells = [part for arms in measured.values() for part in (_cell(arms, own), _cell(arms, press))]
         lines.append("| " + " | ".join([label, *cells]) + " |")
     counts = [f"{_most(arms)} (`{protocol}`)" for protocol, arms in measured.items()]
-    return "\n".join([f"Rows: {', '.join(counts)}; fewer where a cell says so.", "", *lines])
+    return "\n".join([f"Examples: {', '.join(counts)}; fewer where a cell says so.", "", *lines])
+
+
+def headline_table() -> str:
+    """Retention with intervals, needles and bytes of the methods in ``HEADLINE``, protocol ``context``."""
+    found = _measured("context")
+    shares = [f"{float(ratio):.0%}".replace("%", " %") for ratio in RATIOS]
+    header = ["method", f"{shares[0]} of the rows", *shares[1:], "needles found", "bytes of stock at 25 %"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for label, arm in HEADLINE:
+        rows = [found[arm, ratio] for ratio in RATIOS]
+        cells = [f"{float(r['retention']):.3f} [{float(r['low']):.3f}, {float(r['high']):.3f}]" for r in rows]
+        needles = ", ".join(f"{row['needles_found']}/{row['needles']}" for row in rows)
+        stored = float(found[arm, "0.25"]["share_of_stock_bytes"])
+        lines.append("| " + " | ".join([label, *cells, needles, f"{100 * stored:.1f} %"]) + " |")
+    return "\n".join(lines)
 
 
 def _measured(protocol: str) -> dict[tuple[str, str], dict[str, str]]:
@@ -174,7 +200,7 @@ def _cell(arms: dict[tuple[str, str], dict[str, str]], arm: str | None) -> str:
 
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"methods": method_table, "retention": retention_table},
+    "README.md": {"methods": method_table, "headline": headline_table, "retention": retention_table},
     "docs/methods.md": {
         "common": common_settings,
         "heads": partial(kinds_table, HEAD_BUDGETS),

@@ -27,7 +27,7 @@ Texts are read turn by turn, as in use: every token is predicted from the tokens
 compression left of earlier turns. Perplexity is exp of the mean loss of all tokens but the first; intervals are 95 %
 bootstraps over windows (none with one window). Stored bytes are counted from the cache's buffers after the last turn
 (metadata, statistics and spare rows included) and their share is of a stock cache of the same tokens; bases of fewer
-dimensions, which belong to the model, are apart. Arms compare at equal bytes, not at equal rows."""
+dimensions, which belong to the model, are apart. Compare arms by bytes: equal rows need not be as much."""
 
 
 def write_report(out: Path, results: Mapping[str, Any]) -> Path:

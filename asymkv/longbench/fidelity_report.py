@@ -26,8 +26,8 @@ R is context retention: (NLL_none - NLL_arm) / (NLL_none - NLL_full), NLL = mean
 over the rows of a task, then the plain mean over tasks; 1 = the full cache, 0 = the context was never read. Intervals
 are 95 % percentile bootstraps that redraw rows within tasks. Stored bytes are counted from the cache's buffers after
 the prefix was compressed (metadata, statistics and slack included), mean over rows; their share is of a stock cache of
-the same tokens. Arms compare at equal bytes, not at equal ratio. The time of compression is prefill (compaction
-included) over the full cache's on the same row, the median over rows."""
+the same tokens. Compare arms by bytes: equal ratios need not store as much. The time of compression is prefill
+(compaction included) over the full cache's on the same row, the median over rows."""
 IN_VIEW = """\
 An arm that hides rows without removing them is charged for all that it stores; the share in view is what attention
 still sees of the tokens' rows."""
