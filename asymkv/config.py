@@ -45,8 +45,8 @@ class CompressionConfig:
             backend "flash" builds over merged rows, 24 bytes for each cardinality of a head, comes on top of those.
         ratio: share of rows **kept**, in (0, 1]: ``floor(ratio * prompt tokens)`` of each row of the batch, raised to
             ``sink_size + window_size + 1`` where smaller. Without budget and ratio: budget 2048.
-        sink_size: first tokens of a row, kept exact.
-        window_size: last tokens of a row, never given up at a compaction; kept exact, but for methods that add the
+        sink_size: first tokens of a sequence, kept exact.
+        window_size: last tokens of a sequence, never given up at a compaction; kept exact, but for methods that add the
             values of leaving rows to kept ones (CaM, D2O, value_merge).
         chunk_size: own tokens per prefill chunk; "prompt" = the whole prompt at once; None = the method's own.
         decode_interval: compact every so many own generated tokens; 0 = never in decode.
@@ -248,16 +248,20 @@ class CompressionConfig:
 
     @classmethod
     def load(cls, name_or_path: str | Path, **overrides: Any) -> CompressionConfig:
-        """Settings from a yaml file, or from a shipped one by its name (``"asymkv"``).
+        """Settings from a yaml file, a shipped one by its name (``"asymkv"``), or of a method added to ``METHODS``.
 
         Raises:
             ValueError: for an unknown name (lists the shipped ones), a file that is no mapping, or an unknown key.
         """
+        from asymkv.methods import METHODS
+
         path = Path(name_or_path)
         if not path.is_file():
             try:
                 path = config_path(f"methods/{name_or_path}.yaml")
             except FileNotFoundError:
+                if name_or_path in METHODS:
+                    return cls(str(name_or_path), **overrides)
                 raise ValueError(f"no settings file {str(name_or_path)!r}; shipped names: {_shipped()}") from None
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict):

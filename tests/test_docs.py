@@ -9,6 +9,7 @@ import pytest
 import yaml
 from tiny_models import tiny_model, tiny_tokenizer
 
+import asymkv
 from asymkv.methods import METHODS
 from asymkv.methods.scored import HeadScored
 
@@ -32,6 +33,25 @@ def test_quick_start_runs(tmp_path, capsys):
     exec(compile(code, "README.md", "exec"), names)
     stats = names["out"].past_key_values.stats()
     assert stats["max_rows"] == 512 + 63 and "'kept_ratio'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["kvpress", "own method"])
+def test_code_of_the_guide_runs(part):
+    page = PAGES[ROOT / "docs" / "guide.md"]
+    code = re.search(rf"<!-- {part} -->\n```python\n(.*?)```", page, re.DOTALL).group(1)
+    tokenizer = tiny_tokenizer()
+    words = " ".join(f"w{i * i % 100}" for i in range(300))
+    names = {"asymkv": asymkv, "model": tiny_model(), "tokenizer": tokenizer, "context": words, "question": "w1 w2",
+             "inputs": tokenizer(words, return_tensors="pt", return_token_type_ids=False)}  # fmt: skip
+    before = dict(METHODS)
+    try:
+        exec(compile(code, "guide.md", "exec"), names)
+    finally:
+        for name in METHODS.keys() - before:
+            del METHODS[name]
+    assert names["out"].shape[1] == 308
+    if part == "kvpress":
+        assert isinstance(names["answer"], str) and int(names["cache"].num_rows(0).sum()) == 2 * 75
 
 
 def test_generated_parts_are_up_to_date():
