@@ -61,7 +61,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--experiment", required=True, nargs="+", help="yamls of arms and ratios, or names of shipped ones")
+    add("--experiment", nargs="+", help="yamls of arms and ratios, or names of shipped ones")
     add("--out", type=Path, help="folder of records and tables; it takes one setting only")
     add("--arms", nargs="+", help="only these arms (the full cache always runs)")
     # what is read
@@ -94,8 +94,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--min-length", type=positive, default=1, help="of --write-sample: shortest context in tokens")
     add(peers.WORKER_FLAG, action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.out is None and args.write_sample is None:
-        parser.error("--out is required")
+    for name in ("experiment", "out") if args.write_sample is None else ("data_dir",):
+        if getattr(args, name) is None:
+            parser.error(f"--{name.replace('_', '-')} is required")
     if args.sample == "all" and not args.tasks:
         parser.error("--sample all needs --tasks")
     return args

@@ -221,6 +221,15 @@ def test_a_value_that_cannot_be_is_refused_at_once(script, capsys, name: str, gi
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("given", "missing"), [([], "--experiment"), (["--experiment", "x"], "--out"),
+                                                (["--write-sample", "s.json"], "--data-dir")])  # fmt: skip
+def test_fidelity_says_what_it_needs(script, capsys, given: list[str], missing: str) -> None:
+    with pytest.raises(SystemExit):
+        script("fidelity").parse_args(given)
+    assert f"{missing} is required" in capsys.readouterr().err
+    assert script("fidelity").parse_args(["--write-sample", "s.json", "--data-dir", "d"]).experiment is None
+
+
 def test_the_least_that_sizes_may_be_is_taken(script) -> None:
     args = script("pred").parse_args(["--out", "x", "--max-samples", "1", "--stop-ids", "2, 99"])
     assert args.max_samples == 1 and args.stop_ids == [2, 99]
