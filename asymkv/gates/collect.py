@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from asymkv.compress import compress
 from asymkv.files import replace_file, sha256, write_atomic
 from asymkv.head_scores import check_model, model_of
-from asymkv.longbench.data import load_rows
+from asymkv.longbench.data import ids_sha256, load_rows
 from asymkv.longbench.sample import SHARED_LIMIT, half_of, read_sample, shared_text, text_runs
 from asymkv.texts import read_text
 
@@ -118,7 +118,7 @@ def sample_contexts(files: Iterable[Path], data_dir: Path) -> frozenset[str]:
 
 def digest(contexts: Collection[str]) -> str | None:
     """What tells sets of contexts apart; None of an empty one."""
-    return sha256("".join(sorted(sha256(text.encode()) for text in contexts)).encode()) if contexts else None
+    return ids_sha256(sorted(sha256(text.encode()) for text in contexts)) if contexts else None
 
 
 @functools.lru_cache(maxsize=1)

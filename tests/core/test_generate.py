@@ -49,6 +49,27 @@ def test_hf_chunking_of_a_padded_batch_equals_rows_alone():
         assert sliced.num_rows(0).tolist() == [[65 + 3] * 2, [18 + 3] * 2]
 
 
+def test_a_streamer_is_given_every_token():
+    """The prompt, then tokens one by one, as they are generated on the compressed cache."""
+
+    class Streamer:
+        def __init__(self):
+            self.given, self.ended = [], False
+
+        def put(self, value):
+            self.given.append(value.flatten())
+
+        def end(self):
+            self.ended = True
+
+    streamer, model = Streamer(), tiny_model()
+    with asymkv.replace("llama", budget=64, chunk_size=64, model=model):
+        out = generate(model, prompt(200), max_new_tokens=6, streamer=streamer)
+    assert streamer.ended and [len(each) for each in streamer.given] == [200, *[1] * 6]
+    assert torch.equal(torch.cat(streamer.given), out.sequences[0])
+    assert int(out.past_key_values.num_rows(0).max()) < 200
+
+
 def test_beam_search_reorders_rows():
     """Three beams of a full-budget cache are stock's three beams; and a compressed one runs."""
     model = tiny_model()
