@@ -85,14 +85,20 @@ def test_bad_shards_raise(text):
         Shard.parse(text)
 
 
+# The tasks of each half that have contexts of 5,000 tokens and more.
+LONG_TASKS = {
+    "quality_long": ["needle", "qasper", "qmsum", "gov_report", "passage_retrieval_en"],
+    "quality_long_tune": ["needle", "qmsum", "gov_report", "lcc", "passage_retrieval_en"],
+}
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in (config_root() / "experiments").glob("*.yaml")))
 def test_the_shipped_experiments_and_their_sample_are_sound(name):
     experiment = fidelity_experiment.load_experiment(name)
     cells = {(cell.name, cell.ratio) for cell in experiment.cells()}
     assert len(cells) == 1 + len(experiment.ratios) * (len(experiment.arms) - 1)
     chosen = sample.read_sample(experiment.sample)
-    long = ["needle", "qasper", "qmsum", "gov_report", "passage_retrieval_en"]  # what has contexts of 5,500 tokens
-    assert list(chosen.tasks) == (long if name == "quality_long" else list(sample.STANDING_TASKS))
+    assert list(chosen.tasks) == LONG_TASKS.get(name, list(sample.STANDING_TASKS))
     assert len({len(ids) for ids in chosen.tasks.values()}) == 1, "as many rows of every task"
 
 
