@@ -67,6 +67,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--texts", type=Path, nargs="+", default=[], metavar="FILE", help="text files to take passages of")
     add("--windows", type=int, default=3, help="passages of each text file")
     add("--max-tokens", type=int, default=Recipe.max_tokens, help="tokens of a passage at most")
+    add("--min-tokens", type=int, default=Recipe.min_tokens, help="contexts of fewer tokens are not taken")
     add("--share", type=float, default=Recipe.share, help="of a passage's rows that are stored")
     # the fit
     add("--hidden", type=int, default=Fit.hidden, help="hidden units of each head")
@@ -94,9 +95,8 @@ def passages_of(
     args: argparse.Namespace, tokenizer: Any, recipe: Recipe, left_out: Collection[str]
 ) -> list[Passage]:
     """Everything to score, the kinds taking turns."""
-    picked = {"half": args.half, "left_out": left_out, "seed": args.seed}
     tasks = args.tasks if args.data_dir else ()
-    groups = [task_passages(task, args.data_dir, args.contexts, **picked) for task in tasks]
+    groups = [task_passages(task, args.data_dir, args.contexts, tokenizer, recipe, left_out) for task in tasks]
     texts = [file_passages(path, args.windows, tokenizer, recipe, left_out) for path in args.texts]
     return take_turns(groups + texts)
 
@@ -104,7 +104,7 @@ def passages_of(
 def collect(args: argparse.Namespace, folder: Folder, model: PreTrainedModel, tokenizer: Any) -> None:
     """Stage 1."""
     left_out = sample_contexts(args.reported_sample, args.data_dir)
-    recipe = Recipe(args.max_tokens, args.share, args.seed, args.half, digest(left_out))
+    recipe = Recipe(args.max_tokens, args.min_tokens, args.share, args.seed, args.half, digest(left_out))
     passages = passages_of(args, tokenizer, recipe, left_out)
     folder.claim(model, recipe)
     for passage in tqdm(passages, unit="passage", desc="kvzip"):

@@ -41,6 +41,7 @@ class Recipe:
 
     Args:
         max_tokens: longer texts give a window of so many tokens, at a random place.
+        min_tokens: contexts of fewer tokens are not taken.
         share: of a passage's rows that are stored.
         seed: of the windows and of the rows stored.
         half: of the data that contexts are of; None: of both.
@@ -48,14 +49,16 @@ class Recipe:
     """
 
     max_tokens: int = 2800
+    min_tokens: int = MIN_TOKENS
     share: float = 1 / 3
     seed: int = 0
     half: str | None = None
     left_out: str | None = None
 
     def __post_init__(self) -> None:
-        if self.max_tokens < MIN_TOKENS:
-            raise ValueError(f"max_tokens must be at least {MIN_TOKENS}, found {self.max_tokens}")
+        if not MIN_TOKENS <= self.min_tokens <= self.max_tokens:
+            raise ValueError(f"min_tokens must be at least {MIN_TOKENS} and at most max_tokens; found min_tokens = "
+                             f"{self.min_tokens}, max_tokens = {self.max_tokens}")
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, found {self.share}")
 
@@ -79,7 +82,7 @@ class Passage:
 
 
 def task_passages(
-    task: str, data_dir: Path, count: int, *, half: str | None = None, left_out: Collection[str] = (), seed: int = 0
+    task: str, data_dir: Path, count: int, tokenizer: Any, recipe: Recipe, left_out: Collection[str] = ()
 ) -> list[Passage]:
     """Contexts of a task, at random.
 
@@ -87,9 +90,9 @@ def task_passages(
         task: its name; its rows lie in ``<task>.jsonl``.
         data_dir: folder of the rows.
         count: contexts at most.
-        half: only contexts of this half of the data (:func:`asymkv.longbench.sample.half_of`); None: of both.
+        tokenizer: that counts their tokens.
+        recipe: which half of the data (:func:`asymkv.longbench.sample.half_of`), and how long they are at least.
         left_out: contexts that are never taken, nor others that share text with them (:func:`sample_contexts`).
-        seed: of the choice.
 
     Returns:
         At most ``count``; none where nothing is left to take.
@@ -102,10 +105,12 @@ def task_passages(
         raise ValueError(f"{task}.jsonl in {data_dir} holds no rows")
     barred = frozenset(left_out)
     found = sorted({row["context"] for row in rows} - barred)
-    found = [t for t in found if half in (None, half_of(t, barred)) and _is_new(t, barred)]
+    found = [t for t in found if recipe.half in (None, half_of(t, barred)) and _is_new(t, barred)]
+    found = [t for t in found if len(_encode(tokenizer, t)) >= recipe.min_tokens]
     if not found:
-        logger.warning("%s: %d rows, but no context of half %s besides those left out", task, len(rows), half)
-    random.Random(f"{seed} {task}").shuffle(found)
+        logger.warning("%s: %d rows, but no context of half %s with %d tokens besides those left out", task, len(rows),
+                       recipe.half, recipe.min_tokens)
+    random.Random(f"{recipe.seed} {task}").shuffle(found)
     return [Passage(task, text) for text in found[:count]]
 
 
@@ -169,11 +174,11 @@ class Folder:
         Raises:
             ValueError: for a folder of another model or recipe.
         """
-        wanted = asdict(recipe)
+        wanted, unsaid = asdict(recipe), {"min_tokens": MIN_TOKENS}  # of folders that are older than the setting
         if not (self.path / SETTINGS_FILE).is_file():
             content = {"model": model_of(model), "recipe": wanted}
             write_atomic(self.path / SETTINGS_FILE, json.dumps(content, indent=1) + "\n")
-        found = self.recipe_for(model)
+        found = {**unsaid, **self.recipe_for(model)}
         differing = {k: (found.get(k), wanted[k]) for k in wanted if found.get(k) != wanted[k]}
         if differing:
             raise ValueError(f"{self.path} was collected otherwise; take another folder: (folder, given) {differing}")

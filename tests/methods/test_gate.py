@@ -249,12 +249,14 @@ def test_a_collection_holds_what_kvzip_says(model, tmp_path):
     assert rows.x.shape == (4, int(use.sum()), 32) and rows.score.max() > 0
     with pytest.raises(ValueError, match="collected otherwise; take another folder"):
         folder.claim(model, collect.Recipe(max_tokens=120, share=1.0))
-    for other in ({"half": "tune"}, {"left_out": collect.digest({"a context"})}):
+    for other in ({"half": "tune"}, {"left_out": collect.digest({"a context"})}, {"min_tokens": 100}):
         with pytest.raises(ValueError, match=f"take another folder.*{next(iter(other))}"):
             folder.claim(model, collect.Recipe(max_tokens=120, share=0.5, **other))
     assert collect.digest(["a", "b"]) == collect.digest({"b", "a"}) != collect.digest(["ab"]) and not collect.digest([])
     with pytest.raises(ValueError, match="was collected for .*weights_sha256"):
         folder.claim(tiny_model(seed=1), recipe)
+    with pytest.raises(ValueError, match="at most max_tokens; found min_tokens = 200, max_tokens = 120"):
+        collect.Recipe(max_tokens=120, min_tokens=200)
     with pytest.raises(ValueError, match="at least 64 are needed"):
         folder.add(model, tokenizer, collect.Passage("kind", "w1 w2"), recipe)
     path.write_bytes(path.read_bytes()[:-9])
@@ -283,19 +285,32 @@ def test_a_passage_is_trained_on_or_measured_on(tmp_path):
     assert not {f.stem for f in train} & {f.stem for f in measured}
 
 
+class Letters:
+    """Tokenizes into characters."""
+
+    def __call__(self, text, **kwargs):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
 def test_contexts_of_one_half_and_none_of_a_sample(tmp_path):
-    rows = [{"_id": f"{i}", "context": f"text {i} " * 9, "input": "q", "answers": ["a"], "length": 9,
+    rows = [{"_id": f"{i}", "context": f"text {i:03} " * (9 + i), "input": "q", "answers": ["a"], "length": 9,
              "dataset": "qasper", "language": "en", "all_classes": None} for i in range(30)]  # fmt: skip
     (tmp_path / "qasper.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    halves = [{p.text for p in collect.task_passages("qasper", tmp_path, 99, half=half)} for half in ("tune", "report")]
+
+    def passages(count=99, left_out=(), **recipe):
+        given = Letters(), collect.Recipe(**recipe), left_out
+        return [p.text for p in collect.task_passages("qasper", tmp_path, count, *given)]
+
+    halves = [set(passages(half=half)) for half in ("tune", "report")]
     assert not halves[0] & halves[1] and len(halves[0] | halves[1]) == 30
-    assert collect.task_passages("qasper", tmp_path, 99, half="tune", left_out=halves[0]) == []
-    assert len(collect.task_passages("qasper", tmp_path, 3)) == 3
+    assert passages(half="tune", left_out=halves[0]) == []
+    assert len(passages(3)) == 3
+    assert sorted(map(len, passages(min_tokens=9 * 36))) == [9 * n for n in range(36, 39)]
     text = rows[0]["context"]
     again = {**rows[0], "_id": "again", "context": "".join(map(chr, range(400, 700))) + text * 2}
     (tmp_path / "qasper.jsonl").write_text("\n".join(map(json.dumps, [rows[0], again])), encoding="utf-8")
-    assert len(collect.task_passages("qasper", tmp_path, 99)) == 2
-    assert collect.task_passages("qasper", tmp_path, 99, left_out={text}) == [], "made of a left out context's text"
+    assert len(passages()) == 2
+    assert passages(left_out={text}) == [], "made of a left out context's text"
     groups = [[collect.Passage(kind, str(i)) for i in range(n)] for kind, n in (("a", 1), ("b", 3))]
     assert [p.kind + p.text for p in collect.take_turns(groups)] == ["a0", "b0", "b1", "b2"]
 
@@ -313,8 +328,9 @@ def test_no_passage_shares_text_with_a_sample_of_another_task(tmp_path):
     sample.write_text(json.dumps(content), encoding="utf-8")
     left_out = collect.sample_contexts([sample], tmp_path)
     assert left_out == {report}
-    assert [p.text for p in collect.task_passages("needle", tmp_path, 9, left_out=left_out)] == [other]
-    book, recipe = tmp_path / "book.txt", collect.Recipe(max_tokens=64)
+    recipe = collect.Recipe(max_tokens=64)
+    assert [p.text for p in collect.task_passages("needle", tmp_path, 9, Letters(), recipe, left_out)] == [other]
+    book = tmp_path / "book.txt"
     book.write_text(" ".join(["w1"] * 80), encoding="utf-8")
     assert len(collect.file_passages(book, 2, tiny_tokenizer(), recipe)) == 2
     assert collect.file_passages(book, 2, tiny_tokenizer(), recipe, {" ".join(["w1"] * 90)}) == []
