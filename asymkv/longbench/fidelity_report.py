@@ -26,8 +26,9 @@ R is context retention: (NLL_none - NLL_arm) / (NLL_none - NLL_full), NLL = mean
 over the rows of a task, then the plain mean over tasks; 1 = the full cache, 0 = the context was never read. Intervals
 are 95 % percentile bootstraps that redraw rows within tasks. Stored bytes are counted from the cache's buffers after
 the prefix was compressed (metadata, statistics and slack included), mean over rows; their share is of a stock cache of
-the same tokens. Compare arms by bytes: equal ratios need not store as much. The time of compression is prefill
-(compaction included) over the full cache's on the same row, the median over rows."""
+the same tokens. The peak is what compression held at most, over the same. Compare arms by bytes: equal ratios need not
+store as much. The time of compression is prefill (compaction included) over the full cache's on the same row, the
+median over rows."""
 IN_VIEW = """\
 An arm that hides rows without removing them is charged for all that it stores; the share in view is what attention
 still sees of the tokens' rows."""
@@ -135,7 +136,7 @@ def _row_summary(results: Results, cell: CellKey) -> Record:
     items = results.common("row", cell, results.full, (NONE, None))
     if not items:
         return {"rows": 0}
-    names = ("nll", "kept_ratio", "tokens_seen", "stored_bytes", "full_bytes", "prefill_seconds")
+    names = ("nll", "kept_ratio", "tokens_seen", "stored_bytes", "full_bytes", "peak_bytes", "prefill_seconds")
     column = {name: results.column("row", cell, name, items) for name in names}
     found = [r["found"] for r in results.of("row", cell).values() if "found" in r]
     records = [results.of("row", cell)[item] for item in items]
@@ -153,6 +154,7 @@ def _row_summary(results: Results, cell: CellKey) -> Record:
         "max_rows": max(record["rows_max"] for record in records),
         "peak_rows": max(record["peak_rows"] for record in records),
         "peak_bytes": max(record["peak_bytes"] for record in records),
+        "peak_share_of_stock_bytes": column["peak_bytes"].sum() / column["full_bytes"].sum(),
         "prefill_seconds": _mean_of_known(column["prefill_seconds"]),
         "prefill_over_full": prefill_multiple(results, cell),
         "needles": len(found),
@@ -264,12 +266,13 @@ def main_table(summary: Sequence[Record]) -> str:
     """Retention beside what it costs; with the share of rows in view where some arm hides rows."""
     rows = [row for row in summary if row["rows"]]
     hides = any(row["hides_rows"] for row in rows)
-    header = [*_lead_header(rows), "R [95 %]", "rows", "stored MiB", "share of stock bytes", "rows per head"]
+    header = [*_lead_header(rows), "R [95 %]", "rows", "stored MiB", "share of stock bytes", "peak", "rows per head"]
     header += [*(["share in view"] if hides else []), "needles", "prefill s", "x full's prefill"]
     body = [
         [*_lead(row), _interval(row, "retention", "low", "high")]
         + [f"{row['rows']}{'' if row['complete'] else ' (unfinished)'}", _number(row["stored_bytes"] / MIB, 2)]
-        + [f"{100 * row['share_of_stock_bytes']:.1f} %", _number(row["rows_per_head"], 1)]
+        + [f"{100 * row[name]:.1f} %" for name in ("share_of_stock_bytes", "peak_share_of_stock_bytes")]
+        + [_number(row["rows_per_head"], 1)]
         + ([f"{100 * row['nominal_ratio']:.1f} %"] if hides else [])
         + [f"{row['needles_found']}/{row['needles']}", _number(row["prefill_seconds"], 2)]
         + [_number(row["prefill_over_full"], 2)]

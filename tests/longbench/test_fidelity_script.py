@@ -287,7 +287,7 @@ def fixture_record(task, item, arm, ratio, nll, nbytes):
     return {
         "kind": "row", "dataset": task, "id": item, "arm": arm, "ratio": ratio, "nll": nll, "tokens_seen": 100,
         "kept_ratio": ratio or 1.0, "rows_max": 100 * (ratio or 1.0), "stored_bytes": nbytes, "full_bytes": 1000,
-        "peak_rows": 100, "peak_bytes": 1000, "prefill_seconds": 0.5,
+        "peak_rows": 100, "peak_bytes": nbytes + 100 * (item == "r1"), "prefill_seconds": 0.5,
     }  # fmt: skip
 
 
@@ -310,12 +310,13 @@ def test_report_from_fixture_records(folder):
     assert summary["merge"]["retention"] == pytest.approx(0.75)
     assert summary["window"]["retention"] == pytest.approx(0.375)
     assert summary["merge"]["share_of_stock_bytes"] == pytest.approx(0.55)
+    assert summary["merge"]["peak_share_of_stock_bytes"] == pytest.approx(0.60)
     assert summary["merge"]["rows_per_head"] == pytest.approx(50)
     (difference,) = fidelity_report.paired(results)
     assert difference["difference"] == pytest.approx(0.375)
     assert difference["bytes_over_reference"] == pytest.approx(1.1)
     table = fidelity_report.main_table(fidelity_report.summarise(results))
-    assert "| merge | 0.5 | 0.750 [0.750, 0.750] | 2 | 0.00 | 55.0 % | 50.0 |" in table
+    assert "| merge | 0.5 | 0.750 [0.750, 0.750] | 2 | 0.00 | 55.0 % | 60.0 % | 50.0 |" in table
 
 
 def test_rows_out_of_view_have_a_column_where_there_are_any(folder):
@@ -326,8 +327,8 @@ def test_rows_out_of_view_have_a_column_where_there_are_any(folder):
     summary = fidelity_report.summarise(results)
     table = fidelity_report.main_table(summary)
     assert "| rows per head | share in view |" in table
-    assert "| merge | 0.5 | 0.750 [0.750, 0.750] | 2 | 0.00 | 55.0 % | 100.0 | 25.0 % |" in table
-    assert "| 50.0 % | 50.0 | 50.0 % |" in table
+    assert "| merge | 0.5 | 0.750 [0.750, 0.750] | 2 | 0.00 | 55.0 % | 60.0 % | 100.0 | 25.0 % |" in table
+    assert "| 50.0 % | 55.0 % | 50.0 | 50.0 % |" in table
     assert "what attention" in fidelity_report.definitions(summary, [])
     for protocol in ("prompt", "context"):
         text = fidelity_report.definitions(summary, [{"settings": {"protocol": protocol}}])
