@@ -80,6 +80,12 @@ class RowView:
         """``[B, H_kv]``: rows that a head must lose."""
         return (self.lengths - self.budget).clamp(min=0)
 
+    @property
+    def context_tokens(self) -> Tensor:
+        """``[B]`` int64: own tokens once the announced prompt is in, generated ones included; else those seen."""
+        asked = [0 if request is None else request.longest for request in self.requests]
+        return self.tokens.maximum(torch.tensor(asked, device=self.tokens.device)) if asked else self.tokens
+
     def protected(self, sink_size: int, window_size: int) -> Tensor:
         """``[B, H_kv, T]`` bool: sinks and the recent window, by position, and absent rows."""
         newest = (self.tokens - window_size)[:, None, None]

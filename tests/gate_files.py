@@ -16,8 +16,8 @@ from asymkv.gates.gate import Gate, default_path
 from asymkv.head_scores import model_of
 
 
-def random_gate(model: nn.Module, *, hidden: int = 8, seed: int = 0) -> Gate:
-    """Scores that spread over a few units, and by heads."""
+def random_gate(model: nn.Module, *, hidden: int = 8, seed: int = 0, lengths: bool = True) -> Gate:
+    """Scores that spread over a few units, by heads and by the context's length."""
     draw = torch.Generator().manual_seed(seed)
     bound, config = model_of(model), model.config
     heads = (bound["layers"], bound["kv_heads"])
@@ -29,6 +29,9 @@ def random_gate(model: nn.Module, *, hidden: int = 8, seed: int = 0) -> Gate:
         "weight_out": torch.randn(*heads, hidden, generator=draw),
         "bias_out": torch.randn(*heads, generator=draw) - 5,
     }  # fmt: skip
+    if lengths:
+        weights["weight_length"] = torch.randn(*heads, hidden, generator=draw)
+        weights["lengths"] = torch.tensor([60.0, 1000.0]).repeat(*heads, 1)
     return Gate(weights, bound, {"seed": seed})
 
 

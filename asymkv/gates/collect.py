@@ -228,8 +228,8 @@ def score_rows(model: PreTrainedModel, tokenizer: Any, passage: Passage, recipe:
     """Rows of a passage (cut to a window where it is longer) and KVzip's scores of them.
 
     Returns:
-        ``positions [n]``, ``keys [L, H_kv, n, D]`` before RoPE, ``values [L, H_kv, n, D]`` (both bf16) and
-        ``scores [L, H_kv, n]`` fp32.
+        ``positions [n]``, ``tokens []`` (the passage's), ``keys [L, H_kv, n, D]`` before RoPE and ``values [L, H_kv, n,
+        D]``, both bf16, and ``scores [L, H_kv, n]`` fp32.
 
     Raises:
         ValueError: for a passage too short to learn from.
@@ -250,7 +250,8 @@ def score_rows(model: PreTrainedModel, tokenizer: Any, passage: Passage, recipe:
         keys.append(view.unrotate(view.keys)[0][:, kept].bfloat16().cpu())
         values.append(view.values[0][:, kept].bfloat16().cpu())
         scores.append(view.statistics["score"][0][:, kept].clamp(min=0).float().cpu())  # 0 = never judged
-    return {"positions": kept, "keys": torch.stack(keys), "values": torch.stack(values), "scores": torch.stack(scores)}
+    return {"positions": kept, "tokens": torch.tensor(tokens), "keys": torch.stack(keys),
+            "values": torch.stack(values), "scores": torch.stack(scores)}  # fmt: skip
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

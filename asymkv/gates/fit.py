@@ -32,12 +32,14 @@ class Rows:
         x: ``[N, n, F]`` bf16, what a gate looks at.
         score: ``[N, n]`` fp32, KVzip's.
         heads: layers and KV heads.
+        tokens: of the passage, stored or not.
     """
 
     name: str
     x: Tensor
     score: Tensor
     heads: tuple[int, int]
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ def read_rows(path: Path) -> Rows:
     use = (found["positions"] >= SINKS) & (found["scores"] > 0).flatten(0, 1).any(0)
     x = features(found["keys"][:, :, use], found["values"][:, :, use]).bfloat16()
     heads = (x.shape[0], x.shape[1])
-    return Rows(path.stem, x.flatten(0, 1), found["scores"][:, :, use].flatten(0, 1), heads)
+    # Collections that are older than the count have some of the rows, so that the last position is hardly less.
+    tokens = int(found["tokens"] if "tokens" in found else found["positions"].max() + 1)
+    return Rows(path.stem, x.flatten(0, 1), found["scores"][:, :, use].flatten(0, 1), heads, tokens)
 
 
 def split(files: Sequence[Path], held_out: int) -> tuple[list[Path], list[Path]]:
@@ -116,9 +120,11 @@ class Trainer:
         self.settings = settings
         self.x = torch.cat([r.x for r in rows], 1)
         self.target = torch.cat([target_of(r.score) for r in rows], 1)
+        self.tokens = torch.cat([torch.full((r.x.shape[1],), r.tokens) for r in rows])
         self.heads = rows[0].heads
         self.draw = torch.Generator().manual_seed(settings.seed)
-        self.fixed = _moments(rows)
+        lengths = torch.tensor([min(r.tokens for r in rows), max(r.tokens for r in rows)]).float()
+        self.fixed = {**_moments(rows), "lengths": lengths.expand(len(self.x), 2)}
         self.learnt = self._start()
         self.optimizer = torch.optim.AdamW(list(self.learnt.values()), lr=settings.rate, weight_decay=settings.decay)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -126,19 +132,19 @@ class Trainer:
         )
 
     def _start(self) -> dict[str, Tensor]:
-        """Random first layers; the second ones begin at each head's mean."""
+        """Random first layers; the second ones begin at each head's mean, and lengths say nothing."""
         count, _, size = self.x.shape
         hidden = self.settings.hidden
         weight_in = torch.randn(count, size, hidden, generator=self.draw) / size**0.5
         weight_out = torch.randn(count, hidden, generator=self.draw) / hidden**0.5
         start = {"weight_in": weight_in, "bias_in": torch.zeros(count, hidden), "weight_out": weight_out,
-                 "bias_out": self.target.mean(1)}  # fmt: skip
+                 "bias_out": self.target.mean(1), "weight_length": torch.zeros(count, hidden)}  # fmt: skip
         return {name: nn.Parameter(x) for name, x in start.items()}
 
     def step(self) -> float:
         """One step on random rows; the mean squared error of the log score before it."""
         picked = torch.randint(self.x.shape[1], (self.settings.batch,), generator=self.draw)
-        found = log_score({**self.fixed, **self.learnt}, self.x[:, picked].float())
+        found = log_score({**self.fixed, **self.learnt}, self.x[:, picked].float(), self.tokens[picked])
         loss = (found - self.target[:, picked]).square().mean()
         self.optimizer.zero_grad()
         loss.backward()
@@ -210,7 +216,8 @@ def measure(weights: dict[str, Tensor], rows: Sequence[Rows], ratios: Sequence[f
     out: dict[str, Any] = {name: dict.fromkeys(map(str, ratios), 0.0) for name in ("overlap", "mass")}
     error = of_means = 0.0
     for each in rows:
-        found, target = log_score(flat, each.x.float()), target_of(each.score)
+        found = log_score(flat, each.x.float(), torch.tensor(each.tokens))
+        target = target_of(each.score)
         error += (found - target).square().mean().item() / len(rows)
         of_means += (target - target.mean(1, keepdim=True)).square().mean().item() / len(rows)
         score, guess = each.score.flatten(), found.flatten()

@@ -28,6 +28,9 @@ SHIPPED = "gates"  # folder of the shipped settings
 Weights = Mapping[str, Tensor]
 # Of one head, by the number of features F and of hidden units H.
 SHAPES = {"mean": "F", "scale": "F", "weight_in": "FH", "bias_in": "H", "weight_out": "H", "bias_out": ""}
+# What a gate has besides if it was taught how long contexts are; R: tokens of the shortest and of the longest.
+LENGTH_SHAPES = {"weight_length": "H", "lengths": "R"}
+LENGTH_UNIT = 2048  # tokens of a context whose length changes nothing
 
 
 def features(keys: Tensor, values: Tensor) -> Tensor:
@@ -36,18 +39,32 @@ def features(keys: Tensor, values: Tensor) -> Tensor:
     return torch.cat((keys.to(dtype), values.to(dtype)), dim=-1)
 
 
-def log_score(weights: Weights, x: Tensor) -> Tensor:
-    """Logarithm of the worth of rows: ``w_out . silu((x - mean) / scale @ w_in + b_in) + b_out``.
+def log_score(weights: Weights, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """Logarithm of the worth of rows: ``w_out . silu((x - mean) / scale @ w_in + b_in + l w_length) + b_out``.
+
+    ``l`` is the logarithm of the context's tokens over ``LENGTH_UNIT``, never beyond what the gate was taught: the
+    longer a context, the lower are the highest probabilities of a replay, in some heads more than in others.
 
     Args:
-        weights: ``SHAPES`` behind the dimensions of the heads, ``[..., H_kv]``.
+        weights: ``SHAPES`` and perhaps ``LENGTH_SHAPES`` behind the dimensions of the heads, ``[..., H_kv]``.
         x: ``[..., H_kv, T, F]``, from :func:`features`.
+        tokens: of the contexts that the rows belong to, broadcastable to ``[..., H_kv, T]``; only gates with
+            ``LENGTH_SHAPES`` look at it, and need it.
 
     Returns:
         ``[..., H_kv, T]``.
+
+    Raises:
+        ValueError: if ``tokens`` are needed.
     """
     w = {name: each.to(x) for name, each in weights.items()}
     hidden = (x - w["mean"][..., None, :]) / w["scale"][..., None, :] @ w["weight_in"] + w["bias_in"][..., None, :]
+    if "weight_length" in w:
+        if tokens is None:
+            raise ValueError("this gate was taught how long contexts are: give 'tokens', those of the context")
+        least, most = w["lengths"].unbind(-1)
+        length = (tokens.to(x).maximum(least[..., None]).minimum(most[..., None]) / LENGTH_UNIT).log()
+        hidden = hidden + length[..., None] * w["weight_length"][..., None, :]
     return (F.silu(hidden) @ w["weight_out"][..., None])[..., 0] + w["bias_out"][..., None]
 
 
@@ -56,7 +73,7 @@ class Gate:
     """The networks of all layers and KV heads.
 
     Args:
-        weights: ``SHAPES``, each behind ``[L, H_kv]``.
+        weights: ``SHAPES``, and ``LENGTH_SHAPES`` or none of those, each behind ``[L, H_kv]``.
         model: what they were trained for, from :func:`asymkv.head_scores.model_of`.
         trained: how they were trained, and what they reach on passages held out: anything that json holds.
     """
@@ -67,11 +84,12 @@ class Gate:
     _layers: dict[int, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if set(self.weights) != set(SHAPES):
-            raise ValueError(f"a gate has the tensors {sorted(SHAPES)}; found {sorted(self.weights)}")
+        shapes = {**SHAPES, **LENGTH_SHAPES} if "weight_length" in self.weights else SHAPES
+        if set(self.weights) != set(shapes):
+            raise ValueError(f"a gate has the tensors {sorted(shapes)}; found {sorted(self.weights)}")
         heads = (self.model["layers"], self.model["kv_heads"])
-        sizes = dict(zip("FH", self.weights["weight_in"].shape[-2:], strict=True))
-        for name, axes in SHAPES.items():
+        sizes = dict(zip("FHR", (*self.weights["weight_in"].shape[-2:], 2), strict=True))
+        for name, axes in shapes.items():
             wanted = (*heads, *(sizes[axis] for axis in axes))
             if tuple(self.weights[name].shape) != wanted:
                 raise ValueError(f"{name} of the gate must be {list(wanted)}; found {list(self.weights[name].shape)}")
@@ -89,14 +107,15 @@ class Gate:
             self._layers[index] = {name: each[index] for name, each in self.weights.items()}
         return self._layers[index]
 
-    def score(self, keys: Tensor, values: Tensor) -> Tensor:
+    def score(self, keys: Tensor, values: Tensor, tokens: int | None = None) -> Tensor:
         """Logarithm of the worth of each row, ``[L, H_kv, T]`` fp32.
 
         Args:
             keys: ``[L, H_kv, T, D]`` before RoPE.
             values: ``[L, H_kv, T, D]``.
+            tokens: of the context, for a gate that was taught how long contexts are.
         """
-        return log_score(self.weights, features(keys, values))
+        return log_score(self.weights, features(keys, values), None if tokens is None else torch.tensor(tokens))
 
     @functools.cached_property
     def weights_sha256(self) -> str:

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 class GateMethod(Method):
     """Keeps the rows that a small network, trained offline on KVzip's scores, thinks the best; no queries are needed.
 
-    A score depends on nothing but the row's key before RoPE and its value, so that what is kept hardly depends on how
-    the prompt was cut into chunks. One threshold over all layers and heads decides head budgets too.
+    A score depends on nothing but the row's key before RoPE, its value and (of a gate that was taught it) the prompt's
+    length, so that what is kept hardly depends on how the prompt was cut into chunks. One threshold over all layers and
+    heads decides head budgets too.
 
     Args:
         file: the gate that ``scripts/train_gate.py`` wrote, or a folder of gates of several models; None = the one in
@@ -86,4 +87,4 @@ def gate_scores(view: RowView) -> Tensor:
     with torch.autocast(view.keys.device.type, enabled=False):
         x = features(view.unrotate(view.keys), view.values)
         view.learned.update({name: each.to(x) for name, each in view.learned.items()})  # moved and widened once
-        return log_score(view.learned, x)
+        return log_score(view.learned, x, view.context_tokens[:, None, None])

@@ -27,7 +27,7 @@ def both_scores(model, ids):
     """Logarithms of the replay's scores and of the gate's, ``[L, H_kv, t]``."""
     whole = read(model, ids, ratio=1.0, sink_size=2)
     keys = torch.stack([whole.rope.rotate(x.dense("keys"), -x.dense("position").long())[0] for x in whole.layers])
-    gate = random_gate(model).score(keys, torch.stack([x.dense("values")[0] for x in whole.layers]))
+    gate = random_gate(model).score(keys, torch.stack([x.dense("values")[0] for x in whole.layers]), ids.shape[1])
     return torch.stack([x.dense(SCORE)[0] for x in whole.layers]).log(), gate
 
 
