@@ -88,6 +88,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
              "of them at once")
     # other things to do
     add("--report-only", action="store_true", help="rebuild tables and figure from the folder's records")
+    add("--forget", nargs="+", metavar="ARM",
+        help="take these arms out of the folder, to measure them anew (a gate was trained again)")
     add("--write-sample", type=Path, metavar="FILE", help="choose a standing sample from --data-dir")
     add("--half", choices=HALVES, help="of --write-sample: contexts of one half; --sample's rows count as reported")
     add("--rows-per-task", type=positive, default=ROWS_PER_TASK, help="of --write-sample")
@@ -257,6 +259,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         peers.answer(lambda: run_worker(args, specs[0], experiment))
         return
     folders = model_folders(specs, args.out)
+    if args.forget:
+        for path in measured_folders(folders).values():
+            logger.info("%s: %d records less", path, RecordFolder(path, fidelity.record_key).forget(args.forget))
+        return
     if args.report_only:
         folders = measured_folders(folders)
     refused = {}

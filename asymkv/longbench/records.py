@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
@@ -158,9 +159,46 @@ class RecordFolder:
                 found.setdefault(key, record)
         return list(found.values())
 
+    def forget(self, arms: Collection[str]) -> int:
+        """Takes arms out of the folder, records and settings, so that they can be measured anew or otherwise.
+
+        Returns:
+            How many records went.
+
+        Raises:
+            ValueError: for an arm that the folder does not hold, or if another process writes to it; nothing is lost.
+        """
+        held = {record["arm"] for record in self.read() if "arm" in record}
+        missing = sorted(set(arms) - held)
+        if missing:
+            raise ValueError(
+                f"{self.folder} holds no records of {', '.join(missing)}; it has {', '.join(sorted(held))}"
+            )
+        with ExitStack() as locks:
+            paths = sorted(self.folder.glob("records-*.jsonl"))
+            for path in paths:
+                locks.enter_context(_locked(path))
+            gone = sum(_rewrite_without(path, arms) for path in paths)
+            for path in sorted(self.folder.glob("run-*.json")):
+                run = read_object(path)
+                for name in arms:
+                    run["settings"].get("arms", {}).pop(name, None)
+                    run["settings"].pop(f"files.{name}", None)
+                write_atomic(path, json.dumps(run, indent=2) + "\n")
+        return gone
+
     def done(self) -> set[Hashable]:
         """Keys of all records."""
         return {self.key(record) for record in self.read()}
+
+
+def _rewrite_without(path: Path, arms: Collection[str]) -> int:
+    """Rewrites a file of records without those of some arms; how many these were."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    kept = [line for line in lines if json.loads(line).get("arm") not in arms]
+    if len(kept) < len(lines):
+        write_atomic(path, "".join(f"{line}\n" for line in kept))
+    return len(lines) - len(kept)
 
 
 def _locked(path: Path, *, shared: bool = False) -> IO[bytes]:

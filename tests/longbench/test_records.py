@@ -26,6 +26,30 @@ def test_a_setting_that_a_later_version_leaves_open_is_no_other_setting(tmp_path
         folder.claim({"arms": {"merge": {"method": "asymkv", "chunk_size": 64}}}, {})
 
 
+def test_a_forgotten_arm_may_be_measured_with_other_files(tmp_path):
+    """The others stay as they are, byte by byte; while somebody writes, nothing is taken."""
+    cell = {"kind": "row", "dataset": "trec", "id": "é", "ratio": 0.5}
+    settings = {"dtype": "float32", "arms": {"gate": {}, "echo": {}}, "files.gate": {"gate": "old"}}
+    for index in range(2):
+        folder = RecordFolder(tmp_path, fidelity.record_key, Shard(index, 2))
+        folder.claim(settings, {"date": "1"})
+        for arm in ("gate", "echo", "none"):
+            folder.append({**cell, "arm": arm, "id": f"é{index}"})
+    with pytest.raises(ValueError, match="being written by another process"):
+        folder.forget(["gate"])
+    for index in range(2):
+        RecordFolder(tmp_path, fidelity.record_key, Shard(index, 2)).release()
+    with pytest.raises(ValueError, match="holds no records of snapkv; it has echo, gate, none"):
+        folder.forget(["gate", "snapkv"])
+    assert len(folder.read()) == 6
+    others = [line for line in folder.records_path.read_bytes().splitlines() if b'"gate"' not in line]
+    assert folder.forget(["gate"]) == 2
+    assert folder.records_path.read_bytes().splitlines() == others and len(folder.read()) == 4
+    assert all(run["settings"] == {"dtype": "float32", "arms": {"echo": {}}} for run in folder.runs())
+    folder.claim({**settings, "files.gate": {"gate": "new"}}, {"date": "2"})
+    assert folder.runs()[1]["settings"]["files.gate"] == {"gate": "new"}
+
+
 def test_what_is_damaged_in_a_folder_is_placed(tmp_path):
     folder = RecordFolder(tmp_path, fidelity.record_key)
     folder.claim({}, {})
