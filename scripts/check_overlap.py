@@ -61,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     apart = {row for (_, row), share in found.items() if share < SHARED_LIMIT}
     lines += ["", f"{len(apart)} of {len(found)} rows share less than {SHARED_LIMIT:.0%}."]
     if args.records is not None:
-        records = [record for record in RecordFolder(args.records, record_key).read() if record.get("id") in apart]
-        results = Results(records, load_experiment(args.experiment))
+        folder = RecordFolder(args.records, record_key)
+        records = [record for record in folder.read() if record.get("id") in apart]
+        results = Results(records, load_experiment(args.experiment), folder.runs())
         lines += ["", main_table(summarise(results)), "", paired_table(paired(results))]
     text = "\n".join(lines) + "\n"
     print(text)

@@ -21,7 +21,7 @@ def write_joint_report(out: str | Path, folders: Mapping[str, RecordFolder], exp
     """
     out, summary, parts, runs = Path(out), [], [], []
     for model, folder in folders.items():
-        results = fidelity_report.Results(folder.read(), experiment)
+        results = fidelity_report.Results(folder.read(), experiment, folder.runs())
         summary += _named(model, fidelity_report.summarise(results))
         runs += folder.runs()
         parts += [f"## Conditions: {model}", fidelity_report.conditions_text(folder.runs())]

@@ -15,7 +15,7 @@ from asymkv.longbench import needle_plot
 from asymkv.longbench.arms import NONE
 from asymkv.longbench.fidelity_experiment import Experiment
 from asymkv.longbench.fidelity_plot import MIB, plot
-from asymkv.longbench.records import Record, RecordFolder, merged_settings
+from asymkv.longbench.records import Record, RecordFolder, machines, merged_settings
 from asymkv.longbench.retention import Estimate, paired_pairs, pooled_ratio, retention_pairs
 
 CellKey = tuple[str, float | None]
@@ -28,7 +28,7 @@ are 95 % percentile bootstraps that redraw rows within tasks. Stored bytes are c
 the prefix was compressed (metadata, statistics and slack included), mean over rows; their share is of a stock cache of
 the same tokens. The peak is what compression held at most, over the same. Compare arms by bytes: equal ratios need not
 store as much. The time of compression is prefill (compaction included) over the full cache's on the same row, the
-median over rows."""
+median over rows; none where sessions were on different devices."""
 IN_VIEW = """\
 An arm that hides rows without removing them is charged for all that it stores; the share in view is what attention
 still sees of the tokens' rows."""
@@ -43,10 +43,11 @@ class Results:
     Args:
         records: from ``RecordFolder.read``.
         experiment: gives the order of the arms, and their references.
+        runs: of the folder.
     """
 
-    def __init__(self, records: Iterable[Record], experiment: Experiment) -> None:
-        self.experiment = experiment
+    def __init__(self, records: Iterable[Record], experiment: Experiment, runs: Iterable[Record] = ()) -> None:
+        self.experiment, self.one_machine = experiment, len(machines(runs)) < 2
         self._by_kind: dict[str, dict[CellKey, dict[ItemKey, Record]]] = {"row": {}, "window": {}}
         for record in records:
             cells = self._by_kind[record["kind"]]
@@ -123,7 +124,7 @@ def prefill_multiple(results: Results, cell: CellKey) -> float:
     """
     items = results.common("row", cell, results.full)
     own, full = (results.column("row", key, "prefill_seconds", items) for key in (cell, results.full))
-    timed = np.isfinite(own / full)
+    timed = np.isfinite(own / full) & results.one_machine
     return float(np.median((own / full)[timed])) if timed.any() else math.nan
 
 
@@ -383,7 +384,7 @@ def write_report(folder: RecordFolder, experiment: Experiment) -> str:
     runs, records = folder.runs(), folder.read()
     if not records:
         raise FileNotFoundError(f"{folder.folder} holds no records")
-    results = Results(records, experiment)
+    results = Results(records, experiment, runs)
     summary, text = summarise(results), markdown(results, runs)
     write_atomic(folder.folder / "results.csv", csv_text(summary))
     write_atomic(folder.folder / "results.md", text)

@@ -215,6 +215,11 @@ def _locked(path: Path, *, shared: bool = False) -> IO[bytes]:
     return file
 
 
+def machines(runs: Iterable[Record]) -> set[str]:
+    """Names of the devices that a folder was measured on; times of different ones do not compare."""
+    return {session["device_name"] for run in runs for session in run["sessions"] if session.get("device_name")}
+
+
 def merged_settings(runs: Iterable[Record]) -> Record:
     """Settings of a folder: those of all its processes together."""
     total: Record = {}

@@ -315,6 +315,9 @@ def test_report_from_fixture_records(folder):
     (difference,) = fidelity_report.paired(results)
     assert difference["difference"] == pytest.approx(0.375)
     assert difference["bytes_over_reference"] == pytest.approx(1.1)
+    assert summary["merge"]["prefill_over_full"] == 1.0
+    results.one_machine = False
+    assert "nan" in str(fidelity_report.summarise(results)[0]["prefill_over_full"]), "times of two machines"
     table = fidelity_report.main_table(fidelity_report.summarise(results))
     assert "| merge | 0.5 | 0.750 [0.750, 0.750] | 2 | 0.00 | 55.0 % | 60.0 % | 50.0 |" in table
 

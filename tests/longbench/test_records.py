@@ -5,7 +5,7 @@ import json
 import pytest
 
 from asymkv.longbench import fidelity, fidelity_experiment, sample
-from asymkv.longbench.records import RecordFolder, Shard
+from asymkv.longbench.records import RecordFolder, Shard, machines
 from asymkv.paths import config_root
 
 
@@ -48,6 +48,11 @@ def test_a_forgotten_arm_may_be_measured_with_other_files(tmp_path):
     assert all(run["settings"] == {"dtype": "float32", "arms": {"echo": {}}} for run in folder.runs())
     folder.claim({**settings, "files.gate": {"gate": "new"}}, {"date": "2"})
     assert folder.runs()[1]["settings"]["files.gate"] == {"gate": "new"}
+
+
+def test_a_folder_knows_the_machines_that_it_was_measured_on():
+    runs = [{"sessions": [{"device_name": name}, {}]} for name in ("a", "b", "a")]
+    assert machines(runs) == {"a", "b"} and not machines([{"sessions": [{}]}])
 
 
 def test_what_is_damaged_in_a_folder_is_placed(tmp_path):
