@@ -168,11 +168,13 @@ class RecordFolder:
         Raises:
             ValueError: for an arm that the folder does not hold, or if another process writes to it; nothing is lost.
         """
+        # A kill may have left an arm's settings without its records.
         held = {record["arm"] for record in self.read() if "arm" in record}
+        held |= set(merged_settings(self.runs()).get("arms", ()))
         missing = sorted(set(arms) - held)
         if missing:
             raise ValueError(
-                f"{self.folder} holds no records of {', '.join(missing)}; it has {', '.join(sorted(held))}"
+                f"{self.folder} holds nothing of {', '.join(missing)}; it has {', '.join(sorted(held))}"
             )
         with ExitStack() as locks:
             paths = sorted(self.folder.glob("records-*.jsonl"))

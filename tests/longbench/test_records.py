@@ -39,11 +39,14 @@ def test_a_forgotten_arm_may_be_measured_with_other_files(tmp_path):
         folder.forget(["gate"])
     for index in range(2):
         RecordFolder(tmp_path, fidelity.record_key, Shard(index, 2)).release()
-    with pytest.raises(ValueError, match="holds no records of snapkv; it has echo, gate, none"):
+    with pytest.raises(ValueError, match="holds nothing of snapkv; it has echo, gate, none"):
         folder.forget(["gate", "snapkv"])
     assert len(folder.read()) == 6
     others = [line for line in folder.records_path.read_bytes().splitlines() if b'"gate"' not in line]
+    whole = folder.run_path.read_bytes()
     assert folder.forget(["gate"]) == 2
+    folder.run_path.write_bytes(whole)
+    assert folder.forget(["gate"]) == 0, "goes on where it was killed"
     assert folder.records_path.read_bytes().splitlines() == others and len(folder.read()) == 4
     assert all(run["settings"] == {"dtype": "float32", "arms": {"echo": {}}} for run in folder.runs())
     folder.claim({**settings, "files.gate": {"gate": "new"}}, {"date": "2"})
