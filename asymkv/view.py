@@ -86,18 +86,10 @@ class RowView:
         asked = [0 if request is None else request.longest for request in self.requests]
         return self.tokens.maximum(torch.tensor(asked, device=self.tokens.device)) if asked else self.tokens
 
-    def protected(self, sink_size: int, window_size: int | Tensor) -> Tensor:
-        """``[B, H_kv, T]`` bool: sinks and the recent window (one, or ``[B, H_kv]``), by position, and absent rows."""
-        newest = (self.tokens[:, None] - window_size)[..., None]
+    def protected(self, sink_size: int, window_size: int) -> Tensor:
+        """``[B, H_kv, T]`` bool: sinks and the recent window, by position, and absent rows."""
+        newest = (self.tokens - window_size)[:, None, None]
         return (self.positions < sink_size) | (self.positions >= newest) | ~self.valid
-
-    def window(self, share: float, sink_size: int, window_size: int) -> Tensor:
-        """``[B, H_kv]`` int64: newest tokens that stay if they may fill ``share`` of a head's budget.
-
-        At least ``window_size``, and never so many that sinks and they fill it.
-        """
-        most = (self.budget - sink_size - 1).clamp(min=window_size)
-        return (self.budget.double() * share + 1e-9).floor().long().clamp(min=window_size).minimum(most)
 
     def bias(self) -> Tensor:
         """``[B, H_kv, T]``: log n of a row, -inf where absent, in the dtype of the arithmetic."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from asymkv.checks import check_number
 from asymkv.gates.gate import features, log_score, resolve
 from asymkv.methods.base import Method
 from asymkv.view import RowView
@@ -32,16 +31,13 @@ class GateMethod(Method):
     Args:
         file: the gate that ``scripts/train_gate.py`` wrote, or a folder of gates of several models; None = the one in
             the user's cache folder, else the shipped one.
-        recent: share of the even budget that the newest rows of every head have for sure; at least ``window_size``.
     """
 
     title: ClassVar[str] = "Gate trained on KVzip's scores (cf. Fast KVzip, arXiv 2601.17668)"
 
     file: str | None = None
-    recent: float = 0.0
 
     def __post_init__(self) -> None:
-        check_number("recent", self.recent, 0, 1)
         object.__setattr__(self, "file", gate_path("file", self.file))
 
     def defaults(self) -> dict[str, Any]:
@@ -66,11 +62,6 @@ class GateMethod(Method):
             ValueError: for a gate that is missing, damaged or of another model.
         """
         give_gate(self.file, model, layers)
-
-    def judge(self, view: RowView) -> tuple[Tensor, Tensor]:
-        """The gate's scores; sinks and the newest rows stay."""
-        window = view.window(self.recent, self.sink_size, self.window_size)
-        return self.score(view), ~view.protected(self.sink_size, window)
 
     def score(self, view: RowView) -> Tensor:
         """Logarithm of the highest probability that a query is expected to give the row, ``[B, H_kv, T]``."""
