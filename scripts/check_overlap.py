@@ -21,7 +21,8 @@ from asymkv.files import write_atomic
 from asymkv.longbench.data import load_rows
 from asymkv.longbench.fidelity import record_key
 from asymkv.longbench.fidelity_experiment import load_experiment
-from asymkv.longbench.fidelity_report import Results, main_table, paired, paired_table, summarise
+from asymkv.longbench.fidelity_report import main_table, paired, paired_table, summarise
+from asymkv.longbench.fidelity_results import Results
 from asymkv.longbench.records import RecordFolder
 from asymkv.longbench.sample import SHARED_LIMIT, TUNE, Sample, half_of, read_sample, shared_text, text_runs
 

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from asymkv.arguments import DTYPES, not_negative, positive
 from asymkv.longbench import fidelity, models, peers, runner, suites
 from asymkv.longbench.checks import check_asked, check_gold
+from asymkv.longbench.conditions import now
 from asymkv.longbench.data import Row, Task, contents_sha256, load_tasks
 from asymkv.longbench.fidelity_experiment import Cell, Experiment, join_experiments, load_experiment
 from asymkv.longbench.fidelity_joint import write_joint_report
@@ -95,6 +96,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rows-per-task", type=positive, default=ROWS_PER_TASK, help="of --write-sample")
     add("--min-length", type=positive, default=1, help="of --write-sample: shortest context in tokens")
     add(peers.WORKER_FLAG, action="store_true", help=argparse.SUPPRESS)
+    add("--session", default=now(), help=argparse.SUPPRESS)  # the worker's is that of who started it
     args = parser.parse_args(argv)
     for name in ("experiment", "out") if args.write_sample is None else ("data_dir",):
         if getattr(args, name) is None:
@@ -174,7 +176,7 @@ def measure_cells(
         tasks=inputs.tasks, texts=inputs.texts,
     )  # fmt: skip
     ranks = runner.Ranks(args.shard.index, args.shard.count, torch.device(args.device))
-    run.folder.claim(settings, {**runner.conditions(inputs.subject, ranks), **conditions})
+    run.folder.claim(settings, {**runner.conditions(inputs.subject, ranks), "date": args.session, **conditions})
     try:
         for task, row in tqdm(inputs.rows, desc="rows", disable=not inputs.rows):
             for name in run.run_row(inputs.tasks[task], row, cells):
@@ -196,7 +198,7 @@ def measure_own(
     inputs = load(args, spec, experiment)
     cells = experiment.cells(args.arms)
     presses = [cell for cell in cells if isinstance(cell, PressArm)]
-    run = fidelity.FidelityRun(inputs.subject, args.protocol, out, share=args.share_prefill)
+    run = fidelity.FidelityRun(inputs.subject, args.protocol, out, share=args.share_prefill, session=args.session)
     missing = any(run.missing(*item, presses) for item in inputs.items())
     if missing:
         peers.check([cell.press for cell in presses if cell.press])
@@ -212,7 +214,7 @@ def measure_presses(
     inputs = load(args, spec, experiment)
     cells = experiment.cells(args.arms)
     full = PressArm(cells[0].name)
-    run = fidelity.FidelityRun(inputs.subject, args.protocol, out, share=args.share_prefill)
+    run = fidelity.FidelityRun(inputs.subject, args.protocol, out, share=args.share_prefill, session=args.session)
     same = run.compare_full(full.name, inputs.tasks, inputs.rows)
     conditions = {"share_prefill": args.share_prefill, "peer": peers.versions(), "full_cache": same}
     presses = [full, *(cell for cell in cells if isinstance(cell, PressArm))]
@@ -229,7 +231,8 @@ def run_model(
         refused, missing = measure_own(args, spec, experiment, folder)
         try:
             if missing:
-                refused |= peers.start_worker(__file__, [*argv, "--model", spec.path, "--out", str(out)])
+                own = ["--model", spec.path, "--out", str(out), "--session", args.session]
+                refused |= peers.start_worker(__file__, [*argv, *own])
         except PressError as error:
             refused["presses of kvpress"] = str(error)
     if folder.read() or not refused:  # else nothing but the refusals is there to be told

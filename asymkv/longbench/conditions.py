@@ -15,11 +15,16 @@ import torch
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
 
+def now() -> str:
+    """The time in UTC, to a second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def conditions(device: torch.device, more: Sequence[str] = ()) -> dict[str, Any]:
     """Date, commit, versions (of ``more`` packages too), device and threads; plain json types."""
     packages = {name: metadata.version(name) for name in (*PACKAGES, *more)}
     return {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "date": now(),
         "commit": commit(),
         "versions": {"python": platform.python_version(), **packages},
         "device_name": device_name(device),

@@ -86,11 +86,15 @@ class FidelityRun:
         protocol: what is in view while the cache is compressed, see ``asymkv.longbench.retention``.
         folder: where records go; what it already has is not measured again.
         share: one prefill for all cells that can share it; their ``prefill_seconds`` are None.
+        session: name of the run that measures, written beside each record; times of different ones do not compare.
     """
 
-    def __init__(self, subject: Subject, protocol: str, folder: RecordFolder, *, share: bool = False) -> None:
+    def __init__(
+        self, subject: Subject, protocol: str, folder: RecordFolder, *, share: bool = False, session: str | None = None
+    ) -> None:
         self.subject = subject
         self.share = share
+        self.session = {} if session is None else {"session": session}
         self.protocol = protocol
         self.folder = folder
         self.done = folder.done()
@@ -103,7 +107,7 @@ class FidelityRun:
 
     def _save(self, kind: str, dataset: str, item: str, cell: Cell, values: Record) -> None:
         key = _key(kind, dataset, item, cell)
-        self.folder.append({**dict(zip(KEY_FIELDS, key, strict=True)), **values})
+        self.folder.append({**dict(zip(KEY_FIELDS, key, strict=True)), **values, **self.session})
         self.done.add(key)
 
     @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from asymkv.files import csv_text, write_atomic
 from asymkv.longbench import fidelity_report
 from asymkv.longbench.fidelity_experiment import Experiment
+from asymkv.longbench.fidelity_results import Results
 from asymkv.longbench.records import Record, RecordFolder
 
 
@@ -21,7 +22,7 @@ def write_joint_report(out: str | Path, folders: Mapping[str, RecordFolder], exp
     """
     out, summary, parts, runs = Path(out), [], [], []
     for model, folder in folders.items():
-        results = fidelity_report.Results(folder.read(), experiment, folder.runs())
+        results = Results(folder.read(), experiment, folder.runs())
         summary += _named(model, fidelity_report.summarise(results))
         runs += folder.runs()
         parts += [f"## Conditions: {model}", fidelity_report.conditions_text(folder.runs())]

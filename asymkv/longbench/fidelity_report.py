@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,8 @@ from asymkv.longbench import needle_plot
 from asymkv.longbench.arms import NONE
 from asymkv.longbench.fidelity_experiment import Experiment
 from asymkv.longbench.fidelity_plot import MIB, plot
-from asymkv.longbench.records import Record, RecordFolder, machines, merged_settings
-from asymkv.longbench.retention import Estimate, paired_pairs, pooled_ratio, retention_pairs
-
-CellKey = tuple[str, float | None]
-ItemKey = tuple[str, str]
+from asymkv.longbench.fidelity_results import CellKey, Results
+from asymkv.longbench.records import Record, RecordFolder, merged_settings
 
 DEFINITIONS = """\
 R is context retention: (NLL_none - NLL_arm) / (NLL_none - NLL_full), NLL = mean token loss of the gold answer; sums
@@ -28,85 +25,13 @@ are 95 % percentile bootstraps that redraw rows within tasks. Stored bytes are c
 the prefix was compressed (metadata, statistics and slack included), mean over rows; their share is of a stock cache of
 the same tokens. The peak is what compression held at most, over the same. Compare arms by bytes: equal ratios need not
 store as much. The time of compression is prefill (compaction included) over the full cache's on the same row, the
-median over rows; none where sessions were on different devices."""
+median over rows; none where these were measured in different sessions, or sessions were on different devices."""
 IN_VIEW = """\
 An arm that hides rows without removing them is charged for all that it stores; the share in view is what attention
 still sees of the tokens' rows."""
 ASKED_BEFORE = """\
 In protocol prompt the first token of an answer comes from the prefill, which methods that lose nothing before the whole
 prompt is read run on the full cache: where the gold answer is one token, their R is 1 whatever they keep."""
-
-
-class Results:
-    """Records of a folder, by cell and by row or window.
-
-    Args:
-        records: from ``RecordFolder.read``.
-        experiment: gives the order of the arms, and their references.
-        runs: of the folder.
-    """
-
-    def __init__(self, records: Iterable[Record], experiment: Experiment, runs: Iterable[Record] = ()) -> None:
-        self.experiment, self.one_machine = experiment, len(machines(runs)) < 2
-        self._by_kind: dict[str, dict[CellKey, dict[ItemKey, Record]]] = {"row": {}, "window": {}}
-        for record in records:
-            cells = self._by_kind[record["kind"]]
-            cells.setdefault((record["arm"], record["ratio"]), {})[record["dataset"], record["id"]] = record
-        order = {arm.name: i for i, arm in enumerate(experiment.arms)}
-        found = {key for cells in self._by_kind.values() for key in cells if key[0] != NONE}
-        self.full: CellKey = (next(arm.name for arm in experiment.arms if arm.is_full), None)
-        self.cells = sorted(found, key=lambda key: (order.get(key[0], len(order)), key[0], -(key[1] or 1.0)))
-
-    def of(self, kind: str, cell: CellKey) -> dict[ItemKey, Record]:
-        """Records of one cell by (dataset, id)."""
-        return self._by_kind[kind].get(cell, {})
-
-    def common(self, kind: str, *cells: CellKey) -> list[ItemKey]:
-        """Rows or windows that all these cells have, in a fixed order."""
-        return sorted(set.intersection(*(set(self.of(kind, cell)) for cell in cells)))
-
-    def column(self, kind: str, cell: CellKey, name: str, items: Sequence[ItemKey]) -> np.ndarray:
-        """One value of the records of ``items``; NaN where it was not measured."""
-        records = self.of(kind, cell)
-        return np.array([records[item][name] for item in items], dtype=np.float64)
-
-    def _ratio(self, pairs: Callable[..., np.ndarray], *cells: CellKey) -> Estimate:
-        """Pooled ratio over rows that all the cells, the full cache and the empty context have."""
-        columns = [(NONE, None), *cells, self.full]
-        items = self.common("row", *columns)
-        table = pairs(*(self.column("row", cell, "nll", items) for cell in columns))
-        return pooled_ratio(_grouped(items, table))
-
-    def on_common_rows(self) -> tuple[int, dict[CellKey, float]]:
-        """How many rows all cells have, and each cell's retention over those alone: an unfinished run compares so."""
-        cells = [cell for cell in self.cells if self.of("row", cell)]
-        items = self.common("row", (NONE, None), *cells) if cells else []
-        out = {}
-        for cell in cells if items else ():
-            columns = (self.column("row", each, "nll", items) for each in ((NONE, None), cell, self.full))
-            out[cell] = pooled_ratio(_grouped(items, retention_pairs(*columns))).value
-        return len(items), out
-
-    def retention(self, cell: CellKey) -> Estimate:
-        """Context retention of a cell."""
-        return self._ratio(retention_pairs, cell)
-
-    def difference(self, cell: CellKey, reference: CellKey) -> Estimate:
-        """Retention of a cell minus that of a reference, on the same rows."""
-        return self._ratio(paired_pairs, reference, cell)
-
-    def divergence(self, cell: CellKey) -> Estimate:
-        """KL divergence from the full cache: windows within texts, then the plain mean over texts."""
-        items = self.common("window", cell)
-        kl = self.column("window", cell, "kl", items)
-        return pooled_ratio(_grouped(items, np.stack([kl, np.ones_like(kl)], axis=1)))
-
-
-def _grouped(items: Sequence[ItemKey], table: np.ndarray) -> dict[str, np.ndarray]:
-    by_task: dict[str, list[np.ndarray]] = defaultdict(list)
-    for (task, _), row in zip(items, table, strict=True):
-        by_task[task].append(row)
-    return {task: np.stack(rows) for task, rows in by_task.items()}
 
 
 def summarise(results: Results) -> list[Record]:
@@ -124,7 +49,7 @@ def prefill_multiple(results: Results, cell: CellKey) -> float:
     """
     items = results.common("row", cell, results.full)
     own, full = (results.column("row", key, "prefill_seconds", items) for key in (cell, results.full))
-    timed = np.isfinite(own / full) & results.one_machine
+    timed = np.isfinite(own / full) & results.timed_together(cell, items)
     return float(np.median((own / full)[timed])) if timed.any() else math.nan
 
 
