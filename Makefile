@@ -103,6 +103,10 @@ reproduce-%: install  ## any experiment of configs/experiments: quality, budgets
 
 reproduce-quality: $(HEADS)  # its arm headkv takes them
 
+STUDY = quality quality_long quality_tune quality_long_tune gate_share gate_window
+reproduce-study: $(addprefix reproduce-,$(STUDY))  ## all of docs/quality.md: the results, then every choice behind them
+	@echo "in results: $(STUDY:=-$(PROTOCOL))"
+
 # Head scores that razor, duo_attention, headkv and uncomp need, measured once per model.
 $(HEADS): | install
 	$(BIN)/python scripts/find_retrieval_heads.py --model $(MODEL) --block 512
